@@ -1,0 +1,197 @@
+"""What changes attention at one site in one call: tensors, no policy.
+
+An :class:`Edit` is a set of operations plus the key groups they speak of. The order in which operations act is fixed by
+their kind (:data:`STAGES`), not by the order in which they were given: temperature, boost, restrictions, uniform and
+given rows, group weights and redistributions, gain. Within one kind they act in the order given.
+
+Shapes: ``where`` is bool, broadcast over ``[B|1, H|1, Lq|1]``, None for everywhere; per-row values broadcast the same way.
+``H`` counts query heads. Tensors indexed by key are indexed by key slot of this call; rules on positions use absolute
+positions (see :class:`~interp.attention.mask.Mask`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+MAX_GROUPS = 8
+MAX_DROPPED_KEYS = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Gain:
+    """``z_i *= value``. ``value`` is float or ``[B|1, H|1, Lq|1]``. 0 ablates a head; VHR uses 2."""
+
+    value: Tensor | float
+    where: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Temperature:
+    """``q.k / value``, before softcap; never divides a bias or a sink logit. ``value`` is float or ``[B|1, H|1, Lq|1]``, > 0."""
+
+    value: Tensor | float
+    where: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Boost:
+    """``s += beta[group of j] * |s|`` on visible keys (PAI, PAINT). ``beta`` is ``[B|1, H|1, Lq|1, G]``."""
+
+    beta: Tensor
+    where: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class SinkWindow:
+    """Keep the first ``sink`` real keys and the last ``window`` ones: ``j - first < sink or i - j < window``.
+
+    ``sink`` and ``window`` are int or int ``[H|1]`` (per head: DuoAttention, MoA's spans).
+    """
+
+    sink: Tensor | int
+    window: Tensor | int
+    where: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Keep key block ``j // block`` for query block ``i // block`` where ``allowed`` says so (S2's shards and the like).
+
+    ``allowed`` is bool ``[H|1, Mq, Mk]`` over absolute block numbers.
+    """
+
+    block: int
+    allowed: Tensor
+    where: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Neighbourhood:
+    """Keep keys within ``radius`` (Chebyshev distance) of the query, in 1-D or on a 2-D patch grid.
+
+    ``query_coords`` is int ``[B|1, Lq, n]``, ``key_coords`` int ``[B|1, Lk, n]``, n = 1 or 2. A negative coordinate marks a
+    token without a place (class token, text): it sees and is seen by all. ``radius`` is int or int ``[H|1]``.
+    """
+
+    radius: Tensor | int
+    query_coords: Tensor
+    key_coords: Tensor
+    where: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Threshold:
+    """Keep keys whose score ``s`` (after step 1, boost included) is at least ``value`` ``[B|1, H|1, Lq|1]``: top-k forms."""
+
+    value: Tensor
+    where: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class DropKeys:
+    """Hide up to 32 keys per row. ``keys`` is int ``[B|1, H|1, Lq|1, n]`` of absolute positions, -1 for none."""
+
+    keys: Tensor
+    where: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Uniform:
+    """``p_ij = 1 / |V_i|`` on the visible set, no sink share, bias ignored. A row that sees nothing stays zero."""
+
+    where: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class GivenRows:
+    """Replace p of ``heads [n]`` at query rows ``rows [R]`` (of this call) by ``p [B|1, n, R, Lk]`` (patching a pattern).
+
+    The given row is used as it is, also where it lies outside the visible set; its sink share becomes 0.
+    """
+
+    heads: Tensor
+    rows: Tensor
+    p: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class GroupWeights:
+    """``p_ij *= weight[query group of i, key group of j]``; ``weight`` is ``[B|1, H|1, Gq|1, G]``, not negative.
+
+    ``renormalise=True`` divides by ``sum_j w p + sink share``, which is what multiplying inside the softmax does: weight 0
+    is then knockout (minus infinity before the softmax). Without it, weight 0 is zeroed attention and rows lose mass. A
+    row that has nothing left stays zero.
+    """
+
+    weight: Tensor
+    renormalise: bool
+    where: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Redistribute:
+    """Move a fraction of the mass on ``source`` groups to ``target`` groups, row by row; row sums stay (VAR).
+
+    With M the row's masses at this stage: open iff the row is selected and ``M_W >= summ`` and ``M_P >= rho * M_W`` and
+    ``M_S > 0`` and ``M_T > 0``; then ``w_S = 1 - fraction`` and ``w_T = 1 + fraction * M_S / M_T``. ``fraction`` is float or
+    ``[B|1, H|1, Lq|1]`` in [0, 1]. W is ``gate_mass``, P is ``gate_share`` (a subset of W for VAR).
+    """
+
+    source: tuple[int, ...]
+    target: tuple[int, ...]
+    fraction: Tensor | float
+    gate_mass: tuple[int, ...]
+    gate_share: tuple[int, ...]
+    summ: float = 0.0
+    rho: float = 0.0
+    where: Tensor | None = None
+
+
+Operation = (
+    Gain | Temperature | Boost | SinkWindow | Blocks | Neighbourhood | Threshold | DropKeys | Uniform | GivenRows | GroupWeights | Redistribute
+)
+Restriction = (SinkWindow, Blocks, Neighbourhood, Threshold, DropKeys)
+
+STAGES: dict[type, int] = {
+    Temperature: 0,
+    Boost: 1,
+    **dict.fromkeys(Restriction, 2),
+    Uniform: 3,
+    GivenRows: 3,
+    GroupWeights: 4,
+    Redistribute: 4,
+    Gain: 5,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """Operations of one call and the partition they speak of.
+
+    Args:
+        operations: any number of the classes above; sorted by stage, stable within one.
+        groups: int8 ``[B|1, Lk]`` by key slot, values ``0 .. n_groups - 1``; needed by Boost, GroupWeights, Redistribute.
+        query_groups: int8 ``[B|1, Lq]``; None puts every row in query group 0.
+        n_groups: number of key groups (at most 8); None takes it from the operations' tensors or the largest group named.
+    """
+
+    operations: tuple[Operation, ...] = ()
+    groups: Tensor | None = None
+    query_groups: Tensor | None = None
+    n_groups: int = field(default=1)
+
+    def __post_init__(self) -> None:
+        ordered = tuple(sorted(self.operations, key=lambda op: STAGES[type(op)]))
+        object.__setattr__(self, "operations", ordered)
+
+    def of(self, *kinds: type) -> list[Operation]:
+        """The operations of the given kinds, in the order in which they act."""
+        return [op for op in self.operations if isinstance(op, kinds)]
+
+
+def is_set(where: Tensor | None) -> bool:
+    """False only for a ``where`` that selects nothing."""
+    return where is None or bool(torch.any(where))
