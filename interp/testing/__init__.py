@@ -1,0 +1,21 @@
+"""Tiny random models of each family, an independent recomputation of their attention, and an error-budget assert.
+
+Nothing is downloaded: the models are built from configs. Transformers' modelling code is imported by :func:`build` only.
+"""
+
+from __future__ import annotations
+
+from interp.testing.budget import assert_within_error_budget
+from interp.testing.recompute import Recomputation, independent_maps, recompute
+from interp.testing.specimen import Specimen, Stack, build, families
+
+__all__ = [
+    "Recomputation",
+    "Specimen",
+    "Stack",
+    "assert_within_error_budget",
+    "build",
+    "families",
+    "independent_maps",
+    "recompute",
+]
