@@ -28,7 +28,7 @@ def randomise(module: nn.Module, *, seed: int, gain: float) -> None:
     with torch.no_grad():
         for path, part in module.named_modules():
             for name, parameter in part.named_parameters(recurse=False):
-                if id(parameter) in done or not parameter.is_floating_point():
+                if id(parameter) in done or parameter.ndim == 0 or not parameter.is_floating_point():
                     continue
                 done.add(id(parameter))
                 if isinstance(part, nn.Embedding):
