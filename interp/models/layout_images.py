@@ -189,7 +189,7 @@ def _anyres(given: Given) -> Blocks:
             if ratio > 1.1:  # the library then interpolates the whole grid to a smaller one
                 rows, columns = int(rows // ratio), int(columns // ratio)
         newline["tile"] = 1
-        lines = np.split(patch_grid(rows, columns, tile=1), rows)
+        lines = patch_grid(rows, columns, tile=1).reshape(rows, columns)  # either may be 0 for a very long picture
         blocks.append(np.concatenate([base, *(part for line in lines for part in (line, newline))]))
     return blocks, ""
 

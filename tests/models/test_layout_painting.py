@@ -1,7 +1,7 @@
 """Rows, columns and tiles checked by painting: change one patch of a picture and see which positions move.
 
-The library's own processor cuts the picture and the model itself decides where it goes; the expected place follows from the
-pixel that was painted. The tower's attention is silenced, so that nothing but the positions that hold the painted patch moves.
+The library's own processor cuts the picture and the model itself decides where it goes; the expected place follows from
+the pixel that was painted. The tower's attention is silenced, so that nothing moves but what holds the painted patch.
 """
 
 from __future__ import annotations
@@ -78,12 +78,16 @@ def states(module: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
     def keep(where: str, *names: str) -> Any:
         def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             state = next((kwargs[n] for n in names if kwargs.get(n) is not None), args[0] if args else None)
-            assert state is not None
-            seen[where].append(state if state.ndim == 3 else state[None])
+            if state is not None:  # Mllama gives its language model ids
+                seen[where].append(state if state.ndim == 3 else state[None])
 
         return hook
 
-    hooks = [attentions(module)[0].register_forward_pre_hook(keep("vision", "hidden_states"), with_kwargs=True)]
+    hooks = [
+        attentions(module)[0].register_forward_pre_hook(
+            keep("vision", "hidden_states", "hidden_state"), with_kwargs=True
+        )
+    ]
     own = getattr(module, "model", None)
     language = getattr(own, "language_model", getattr(own, "text_model", None))
     if language is not None:
@@ -275,3 +279,379 @@ def test_qwen_video_frames_are_tiles(name: str) -> None:
         after = states(module, encode(changed))
         assert places(found["text"], moved(before["text"], after["text"])) == {(0, 0, f, r // 2, c // 2)}
         assert places(found["vision"], moved(before["vision"], after["vision"])) == {(0, 0, f, r, c)}
+
+
+# LLaVA-NeXT, LLaVA-OneVision: a thumbnail, and a canvas of tiles whose padding is cut off.
+
+PINPOINTS = [[32, 64], [64, 32], [64, 64]]
+
+
+def anyres(name: str, **changes: Any) -> Any:
+    import transformers
+
+    stem = {"llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision"}[name]
+    vision = {**VISION, "image_size": 32, "patch_size": 8}
+    if name == "llava_next":
+        vision |= {"model_type": "clip_vision_model", "projection_dim": 16}
+    else:
+        vision |= {"model_type": "siglip_vision_model", "vision_use_head": False}
+        changes["video_token_index"] = VIDEO
+    config = getattr(transformers, f"{stem}Config")(
+        vision_config=vision,
+        text_config={"model_type": "llama", **TEXT},
+        image_token_index=IMAGE,
+        image_grid_pinpoints=PINPOINTS,
+        **changes,
+    )
+    return tiny(getattr(transformers, f"{stem}ForConditionalGeneration"), config)
+
+
+def anyres_processor(name: str) -> Any:
+    import importlib
+
+    stem = {"llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision"}[name]
+    source = importlib.import_module(f"transformers.models.{name}.image_processing_pil_{name}")
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    if name == "llava_onevision":
+        size = {"size": {"height": 32, "width": 32}}
+    return getattr(source, f"{stem}ImageProcessorPil")(image_grid_pinpoints=PINPOINTS, **size)
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+@pytest.mark.parametrize("shape", [(64, 48), (48, 64), (64, 32)])
+def test_anyres_tiles(name: str, shape: tuple[int, int]) -> None:
+    module, processor = anyres(name), anyres_processor(name)
+    rows, columns = shape[0] // 8, shape[1] // 8
+    image, other = picture(*shape, seed=1), picture(32, 64, seed=2)
+    ids = batch(prompt(16 + 4 * 9, before=2), prompt(16 + rows * (columns + 1)))
+
+    def encode(image: np.ndarray) -> dict[str, Any]:
+        cut = processor(images=[[other], [image]] if name == "llava_onevision" else [other, image], **PLAIN)
+        return {**ids, "pixel_values": cut["pixel_values"], "image_sizes": cut["image_sizes"]}
+
+    inputs = encode(image)
+    found, before = layout(module, inputs), states(module, inputs)
+    text, vision = found["text"], found["vision"]
+    assert (text.notes, vision.notes) == ("", "")
+    assert vision.shape == tuple(before["vision"].shape[:2])
+    assert text.grid(tile=1, sample=1) == (rows, columns)
+    assert (text.mask("special", image=0, tile=1).sum(axis=1) == [4, rows]).all()  # newlines
+    canvas = [max(32, -(-side // 32) * 32) for side in shape]
+    top, left = ((whole - side) // 2 for whole, side in zip(canvas, shape, strict=True))
+    for y, x in np.ndindex(rows, columns):
+        after = states(module, encode(painted(image, y * 8, x * 8, 8)))
+        got = places(text, moved(before["text"], after["text"]))
+        assert {place for place in got if place[2] == 1} == {(1, 0, 1, y, x)}
+        (tile_row, inside_y), (tile_column, inside_x) = divmod(top + y * 8, 32), divmod(left + x * 8, 32)
+        tile = 1 + tile_row * (canvas[1] // 32) + tile_column
+        where = moved(before["vision"], after["vision"])
+        sharp = [at for at in where if vision.tile[at] > 0]
+        assert places(vision, sharp) == {(1, 0, tile, inside_y // 8, inside_x // 8)}
+        assert {(int(vision.tile_row[at]), int(vision.tile_column[at])) for at in sharp} == {(tile_row, tile_column)}
+        if name == "llava_onevision":  # LLaVA-NeXT's thumbnail is a crop of the middle here, not the whole picture
+            small = (1, 0, 0, int((y + 0.5) * 4 / rows), int((x + 0.5) * 4 / columns))
+            assert small in got
+            assert small in places(vision, where)
+
+
+def test_llava_onevision_shrinks_large_grids() -> None:
+    module, processor = (
+        anyres("llava_onevision", vision_aspect_ratio="anyres_max_1"),
+        anyres_processor("llava_onevision"),
+    )
+    image = picture(64, 64)
+    ids = batch(prompt(16 + 4 * 5))
+
+    def encode(image: np.ndarray) -> dict[str, Any]:
+        cut = processor(images=[image], **PLAIN)
+        return {**ids, "pixel_values": cut["pixel_values"], "image_sizes": cut["image_sizes"]}
+
+    found, before = layout(module, encode(image))["text"], states(module, encode(image))["text"]
+    for y, x in np.ndindex(8, 8):
+        after = states(module, encode(painted(image, y * 8, x * 8, 8)))["text"]
+        got = places(found, moved(before, after))
+        assert {place for place in got if place[2] == 1} == {(0, 0, 1, y // 2, x // 2)}
+
+
+def test_llava_onevision_several_images_are_not_cut() -> None:
+    module, processor = anyres("llava_onevision"), anyres_processor("llava_onevision")
+    images = [picture(32, 32, seed) for seed in range(3)]
+    ids = batch(prompt(17, 17), prompt(16 + 4 * 9, before=1))
+
+    def encode(images: list[np.ndarray]) -> dict[str, Any]:
+        cut = processor(images=[images[:2], [np.concatenate([images[2]] * 2, axis=1)]], **PLAIN)
+        return {**ids, **{k: cut[k] for k in ("pixel_values", "image_sizes", "batch_num_images")}}
+
+    inputs = encode(images)
+    found, before = layout(module, inputs), states(module, inputs)
+    for y, x in np.ndindex(4, 4):
+        after = states(module, encode([images[0], painted(images[1], y * 8, x * 8, 8), images[2]]))
+        assert places(found["text"], moved(before["text"], after["text"])) == {(0, 1, 0, y, x)}
+        assert places(found["vision"], moved(before["vision"], after["vision"])) == {(0, 1, 0, y, x)}
+
+
+def test_llava_onevision_video_frames_are_tiles() -> None:
+    module = anyres("llava_onevision")
+    video = torch.rand(1, 2, 3, 32, 32)
+    ids = batch(prompt([*[VIDEO] * (2 * 4 + 1)]))
+    inputs = {**ids, "pixel_values_videos": video}
+    found, before = layout(module, inputs), states(module, inputs)
+    for f, y, x in np.ndindex(2, 4, 4):
+        changed = video.clone()
+        changed[0, f, :, y * 8 : y * 8 + 8, x * 8 : x * 8 + 8] += 3.0
+        after = states(module, {**ids, "pixel_values_videos": changed})
+        assert places(found["text"], moved(before["text"], after["text"])) == {(0, 0, f, y // 2, x // 2)}
+        assert places(found["vision"], moved(before["vision"], after["vision"])) == {(0, 0, f, y, x)}
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_anyres_counts_equal_the_librarys_for_any_size(name: str) -> None:
+    module = anyres(name)
+    module.config.image_grid_pinpoints = [[32 * r, 32 * c] for r in range(1, 7) for c in range(1, 7)]
+    draw = np.random.default_rng(0)
+    for size in draw.integers(9, 900, (40, 2)).tolist():
+        from transformers.image_processing_utils import select_best_resolution
+
+        height, width = select_best_resolution(size, module.config.image_grid_pinpoints)
+        features = torch.zeros(1 + height * width // 32**2, 16, 48)
+        sizes = torch.tensor([size])
+        more = {"vision_feature_select_strategy": "full"} if name == "llava_next" else {}
+        _, lengths = module.model.pack_image_features([features], sizes, image_newline=torch.zeros(48), **more)
+        inputs = {**batch(prompt(int(lengths[0]))), "image_sizes": sizes}
+        assert layout(module, inputs)["text"].mask("image", image=0, tile=0).sum() == 16
+
+
+# Idefics3, SmolVLM: tiles in rows with markers, the whole image last.
+
+
+def idefics(name: str) -> Any:
+    import transformers
+
+    stem = {"idefics3": "Idefics3", "smolvlm": "SmolVLM"}[name]
+    config = getattr(transformers, f"{stem}Config")(
+        vision_config={**VISION, "image_size": 32, "patch_size": 8},
+        text_config={"model_type": "llama", **TEXT},
+        image_token_id=IMAGE,
+        scale_factor=2,
+    )
+    return tiny(getattr(transformers, f"{stem}ForConditionalGeneration"), config)
+
+
+def tiled(rows: int, columns: int, newline: list[int]) -> list[int]:
+    """The processor's text for one image, `<row_r_col_c>` as MARK + running number."""
+    ids: list[int] = []
+    for row in range(rows):
+        for column in range(columns):
+            ids += [FAKE, MARK + row * 3 + column, *[IMAGE] * 4]
+        ids += newline
+    return [*ids, *(newline if rows else []), FAKE, MARK + 9, *[IMAGE] * 4, FAKE]
+
+
+@pytest.mark.parametrize("newline", [[60], [61, 62]])
+@pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
+def test_idefics_tiles(name: str, newline: list[int]) -> None:
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    processor = Idefics3ImageProcessorPil(
+        size={"longest_edge": 96}, max_image_size={"longest_edge": 32}, return_row_col_info=True
+    )
+    module = idefics(name)
+    images = [picture(64, 96, 1), picture(32, 96, 2), picture(96, 64, 3)]
+    owner, grids = [(0, 0), (0, 1), (1, 0)], [(2, 3), (1, 3), (3, 2)]
+
+    def encode(images: list[np.ndarray]) -> dict[str, Any]:
+        cut = processor(images=[images[:2], images[2:]], **PLAIN)
+        assert [list(r) for r in cut["rows"]] == [[2, 1], [3]]
+        texts = [tiled(*grid, newline) for grid in grids]
+        # The first image is followed by the second at once: their markers touch.
+        ids = batch(prompt([*texts[0], *texts[1]]), prompt(texts[2], before=1))
+        return {**ids, "pixel_values": cut["pixel_values"], "pixel_attention_mask": cut["pixel_attention_mask"]}
+
+    inputs = encode(images)
+    found, before = layout(module, inputs), states(module, inputs)
+    text, vision = found["text"], found["vision"]
+    assert (text.notes, vision.notes) == ("", "")
+    assert vision.shape == tuple(before["vision"].shape[:2])
+    ids = inputs["input_ids"].numpy()
+    assert (text.kind[(ids == FAKE) | ((ids >= MARK) & (ids < MARK + 10))] == 0).all()
+    for n, image in enumerate(images):
+        for y, x in np.ndindex(image.shape[0] // 8, image.shape[1] // 8):
+            after = states(module, encode([painted(i, y * 8, x * 8, 8) if i is image else i for i in images]))
+            tile = (y // 4) * grids[n][1] + x // 4
+            whole = grids[n][0] * grids[n][1]
+            where = moved(before["text"], after["text"])
+            sharp = [at for at in where if text.tile[at] != whole]
+            assert places(text, sharp) == {(*owner[n], tile, y % 4 // 2, x % 4 // 2)}
+            assert {(int(text.tile_row[at]), int(text.tile_column[at])) for at in sharp} == {(y // 4, x // 4)}
+            blurred = [at for at in where if text.tile[at] == whole]
+            small = (int((y + 0.5) * 2 / (4 * grids[n][0])), int((x + 0.5) * 2 / (4 * grids[n][1])))
+            assert (*owner[n], whole, *small) in places(text, blurred)
+            assert all(text.tile_row[at] == -1 for at in blurred)
+            seen = moved(before["vision"], after["vision"])
+            sharp = [at for at in seen if vision.tile[at] != whole]
+            assert places(vision, sharp) == {(*owner[n], tile, y % 4, x % 4)}
+
+
+def test_idefics_masked_patches_are_pads() -> None:
+    module = idefics("idefics3")
+    mask = torch.ones(1, 1, 32, 32, dtype=torch.long)
+    mask[..., 16:, :] = 0
+    inputs = {
+        **batch(prompt(tiled(0, 0, []))),
+        "pixel_values": torch.rand(1, 1, 3, 32, 32),
+        "pixel_attention_mask": mask,
+    }
+    found = layout(module, inputs)["vision"]
+    assert (found.kind[0].reshape(4, 4) == [[2] * 4] * 2 + [[-1] * 4] * 2).all()
+    assert np.isnan(found.overlay(np.ones(16))).sum() == 0 and found.grid() == (2, 4)
+
+
+# InternVL: tiles, then the thumbnail.
+
+
+def test_internvl_tiles() -> None:
+    from transformers import InternVLConfig, InternVLForConditionalGeneration
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    config = InternVLConfig(
+        vision_config={**VISION, "image_size": [32, 32], "patch_size": [8, 8]},
+        text_config={"model_type": "qwen2", **TEXT},
+        image_token_id=IMAGE,
+        image_seq_length=4,
+        downsample_ratio=0.5,
+    )
+    module = tiny(InternVLForConditionalGeneration, config)
+    processor = GotOcr2ImageProcessorPil(
+        size={"height": 32, "width": 32}, crop_to_patches=True, min_patches=1, max_patches=6
+    )
+    images = [picture(64, 96, 1), picture(32, 32, 2), picture(32, 96, 3)]
+    owner, grids = [(0, 0), (0, 1), (1, 0)], [(2, 3), (1, 1), (1, 3)]
+    ids = batch(prompt(7 * 4, 4), prompt(4 * 4, before=1))
+
+    def encode(images: list[np.ndarray]) -> dict[str, Any]:
+        return {**ids, "pixel_values": processor(images=images, **PLAIN)["pixel_values"]}
+
+    inputs = encode(images)
+    found, before = layout(module, inputs), states(module, inputs)
+    assert "thumbnail last" in found["text"].notes
+    assert found["vision"].notes == ""
+    assert found["vision"].mask("special").sum(axis=1).tolist() == [1] * len(inputs["pixel_values"])
+    for n, image in enumerate(images):
+        for y, x in np.ndindex(image.shape[0] // 8, image.shape[1] // 8):
+            after = states(module, encode([painted(i, y * 8, x * 8, 8) if i is image else i for i in images]))
+            tile, thumbnail = (y // 4) * grids[n][1] + x // 4, grids[n][0] * grids[n][1]
+            for stack, merge in (("text", 2), ("vision", 1)):
+                where = [at for at in moved(before[stack], after[stack]) if found[stack].tile[at] != thumbnail]
+                assert places(found[stack], where) == {(*owner[n], tile, y % 4 // merge, x % 4 // merge)}
+
+
+# Mllama: tiles in the keys of the cross attention.
+
+
+def test_mllama_tiles_are_keys_of_the_cross_attention() -> None:
+    from transformers import MllamaConfig, MllamaForConditionalGeneration
+    from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+
+    config = MllamaConfig(
+        vision_config={
+            **{k: v for k, v in VISION.items() if k != "num_attention_heads"},
+            "attention_heads": 4,
+            "num_global_layers": 1,
+            "image_size": 32,
+            "patch_size": 8,
+            "intermediate_layers_indices": [0],
+            "vision_output_dim": 64,
+        },
+        text_config={**TEXT, "num_hidden_layers": 2, "cross_attention_layers": [1], "rope_parameters": None},
+        image_token_index=IMAGE,
+    )
+    module = tiny(MllamaForConditionalGeneration, config)
+    processor = MllamaImageProcessorPil(size={"height": 32, "width": 32}, max_image_tiles=4)
+    images, grids = [picture(32, 64, 1), picture(64, 64, 2), picture(96, 32, 3)], [(1, 2), (2, 2), (3, 1)]
+    owner = [(0, 0), (0, 1), (1, 0)]
+    ids = batch([1, IMAGE, IMAGE, 20, 21, 22], [1, IMAGE, 20, 21])
+    seen: list[Tensor] = []
+    module.model.language_model.register_forward_pre_hook(
+        lambda _, __, kwargs: seen.append(kwargs["cross_attention_states"].reshape(2, -1, 64)), with_kwargs=True
+    )
+
+    def run(images: list[np.ndarray]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        cut = processor(images=[images[:2], images[2:]], **PLAIN)
+        inputs = {**ids, **{k: cut[k] for k in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}}
+        got = states(module, inputs)
+        return inputs, {"vision": got["vision"], "cross": seen.pop()}
+
+    inputs, before = run(images)
+    found = layout(module, inputs)
+    assert not found["text"].mask("image").any()
+    assert found["text"].mask("special")[0].tolist() == [False, True, True, False, False, False]
+    for stack in ("vision", "cross"):
+        assert found[stack].shape == tuple(before[stack].shape[:2])
+        assert found[stack].notes == ""
+    for n, image in enumerate(images):
+        for y, x in np.ndindex(image.shape[0] // 8, image.shape[1] // 8):
+            _, after = run([painted(i, y * 8, x * 8, 8) if i is image else i for i in images])
+            tile = (y // 4) * grids[n][1] + x // 4
+            for stack in ("vision", "cross"):
+                where = moved(before[stack], after[stack])
+                assert places(found[stack], where) == {(*owner[n], tile, y % 4, x % 4)}
+                at = where[0]
+                assert (found[stack].tile_row[at], found[stack].tile_column[at]) == (y // 4, x // 4)
+
+
+# LLaVA with other towers and other feature selection.
+
+
+@pytest.mark.parametrize(("tower_type", "strategy"), [("clip", "full"), ("siglip", "default"), ("siglip", "full")])
+def test_llava_feature_selection(tower_type: str, strategy: str) -> None:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    vision = {**VISION, "model_type": f"{tower_type}_vision_model", "image_size": 32, "patch_size": 8}
+    vision |= {"vision_use_head": False} if tower_type == "siglip" else {"projection_dim": 16}
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config={"model_type": "llama", **TEXT},
+        image_token_index=IMAGE,
+        vision_feature_select_strategy=strategy,
+    )
+    module = tiny(LlavaForConditionalGeneration, config)
+    specials = int(tower_type == "clip")
+    count = 16 + specials - int(strategy == "default")
+    pixels = torch.rand(1, 3, 32, 32)
+    inputs = {**batch(prompt(count)), "pixel_values": pixels}
+    found, before = layout(module, inputs)["text"], states(module, inputs)["text"]
+    assert found.mask("special", image=0).sum() == (specials if strategy == "full" else 0)
+    for y, x in np.ndindex(4, 4):
+        changed = pixels.clone()
+        changed[..., y * 8 : y * 8 + 8, x * 8 : x * 8 + 8] += 3.0
+        where = moved(before, states(module, {**inputs, "pixel_values": changed})["text"])
+        dropped = strategy == "default" and tower_type == "siglip" and (y, x) == (0, 0)
+        assert places(found, where) == (set() if dropped else {(0, 0, 0, y, x)})
+
+
+def test_pixtral_images_of_any_shape() -> None:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    vision = {**VISION, "model_type": "pixtral", "image_size": 64, "patch_size": 8, "head_dim": 8}
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config={"model_type": "llama", **TEXT},
+        image_token_index=IMAGE,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    )
+    module = tiny(LlavaForConditionalGeneration, config)
+    sizes, owner = [(32, 48), (16, 24), (40, 16)], [(0, 0), (0, 1), (1, 0)]
+    rows = [[t for _ in range(h // 8) for t in [*[IMAGE] * (w // 8), START]] for h, w in sizes]
+    ids = batch(prompt(rows[0], rows[1]), prompt(rows[2], before=1))
+    pixels = torch.rand(3, 3, 40, 48)
+    inputs = {**ids, "pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
+    found, before = layout(module, inputs), states(module, inputs)
+    assert found["vision"].shape == tuple(before["vision"].shape[:2])
+    for n, (h, w) in enumerate(sizes):
+        for y, x in np.ndindex(h // 8, w // 8):
+            changed = pixels.clone()
+            changed[n, :, y * 8 : y * 8 + 8, x * 8 : x * 8 + 8] += 3.0
+            after = states(module, {**inputs, "pixel_values": changed})
+            for stack in ("text", "vision"):
+                assert places(found[stack], moved(before[stack], after[stack])) == {(*owner[n], 0, y, x)}
