@@ -126,14 +126,23 @@ def paligemma(draw: Draw) -> Specimen:
         hidden_size=48,
         vocab_size=96,
     )
+
+    def with_types(inputs: dict[str, Tensor], n_images: int) -> dict[str, Tensor]:
+        # As the processor does: type 0 is the prompt, 1 an answer to learn.
+        types = torch.zeros_like(inputs["input_ids"])
+        return {**inputs, "token_type_ids": types, "pixel_values": draw.floats(n_images, 3, 32, 32)}
+
     return Specimen(
         name="",
         module=PaliGemmaForConditionalGeneration(config),
-        inputs={**prompt(draw, 16), "pixel_values": draw.floats(1, 3, 32, 32)},
+        inputs=with_types(prompt(draw, 16), 1),
         stacks=towers("model.vision_tower.encoder.layers.{}.self_attn", "model.vision_tower"),
-        batch={**two_prompts(draw, 16), "pixel_values": draw.floats(2, 3, 32, 32)},
+        batch=with_types(two_prompts(draw, 16), 2),
         generates=True,
-        notes="Inspects .ndim of what the mask function returns: needs a dense mask. The prompt attends both ways.",
+        notes=(
+            "The prompt attends both ways (token_type_ids 0). Without token_type_ids sdpa attends both ways and eager "
+            "causally (5.23): the modules say is_causal = False and sdpa gets no mask."
+        ),
     )
 
 

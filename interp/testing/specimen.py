@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 EagerMaps = dict[str, list[Tensor | None]]
 
+SITES = ("", "sites")
+"""Take the maps from what each attention module returns, where the library mixes or drops them on the way out."""
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -26,8 +29,8 @@ class Stack:
     Args:
         sites: module path of each layer's attention; None for a layer without softmax heads.
         n_heads: query heads a layer.
-        maps: where the library's eager run returns the maps of this stack, as ``(module path, output attribute)``;
-            None where it returns none or something else (see the specimen's notes).
+        maps: where the library's eager run returns the maps of this stack, as ``(module path, output attribute)``,
+            or :data:`SITES`; None where it returns none or something else (see the specimen's notes).
     """
 
     sites: tuple[str | None, ...]
@@ -97,20 +100,33 @@ class Specimen:
         twin = copy.deepcopy(self.module)
         for config in configs(twin):
             config._attn_implementation_internal = "eager"
-        wanted = {s.maps[0] for s in self.stacks.values() if s.maps}
+        wanted = {s.maps[0] for s in self.stacks.values() if s.maps and s.maps != SITES}
         outputs: dict[str, Any] = {}
+        own: dict[str, Tensor] = {}
         with ExitStack() as hooks:
             for path in wanted - {""}:
                 for handle in _ask_for_maps(twin.get_submodule(path), path, outputs):
                     hooks.callback(handle.remove)
+            for path in (p for s in self.stacks.values() if s.maps == SITES for p in s.sites if p):
+                handle = twin.get_submodule(path).register_forward_hook(_keep_second(path, own))
+                hooks.callback(handle.remove)
             top = {"output_attentions": True} if "" in wanted else {}
             with torch.no_grad():
                 outputs[""] = twin(**(self.inputs if inputs is None else inputs), **top)
-        return {
-            name: _by_layer(s, outputs[s.maps[0]][s.maps[1]], f"{self.name}, stack {name}")
-            for name, s in self.stacks.items()
-            if s.maps
-        }
+        maps: EagerMaps = {}
+        for name, s in self.stacks.items():
+            if s.maps == SITES:
+                maps[name] = [own[path] if path else None for path in s.sites]
+            elif s.maps:
+                maps[name] = _by_layer(s, outputs[s.maps[0]][s.maps[1]], f"{self.name}, stack {name}")
+        return maps
+
+
+def _keep_second(path: str, own: dict[str, Tensor]) -> Callable[..., None]:
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        own[path] = output[1]
+
+    return hook
 
 
 def _ask_for_maps(tower: nn.Module, path: str, outputs: dict[str, Any]) -> list[Any]:
@@ -214,7 +230,15 @@ def family(
 
 def _registry() -> dict[str, _Family]:
     # The builders' modules are imported on first use: they register themselves.
-    from interp.testing import encoder_decoder, multimodal, text, unreached, vision  # noqa: F401
+    from interp.testing import (  # noqa: F401
+        encoder_decoder,
+        multimodal,
+        multimodal_cross,
+        multimodal_packed,
+        text,
+        unreached,
+        vision,
+    )
 
     return _FAMILIES
 
