@@ -259,14 +259,16 @@ def _idefics3(given: Given) -> Blocks:
     """
     rows, columns = (side // int(given.config.scale_factor) for side in given.sides())
     runs = given.runs()
-    fakes = {int(row[start - 2]) if start > 1 else -1 for row, r in zip(given.ids, runs, strict=True) for start, _ in r}
+    rows_runs = list(zip(given.ids.tolist(), runs, strict=True))
+    fakes = {row[start - 2] if start > 1 else -1 for row, sample in rows_runs for start, _ in sample}
+    fakes |= {row[sample[-1][1]] if sample[-1][1] < len(row) else -1 for row, sample in rows_runs if sample}
     plain = all(stop - start == rows * columns for sample in runs for start, stop in sample)
     if not plain or len(fakes) != 1 or -1 in fakes:
-        note = "No tile markers found before the image tokens: every tile is counted as an image of its own."
+        note = "No tile markers found around the image tokens: every tile is counted as an image of its own."
         return given.repeat(patch_grid(rows, columns)), note
     fake = fakes.pop()
     blocks: list[Cells] = []
-    for sample, (row_ids, sample_runs) in enumerate(zip(given.ids.tolist(), runs, strict=True)):
+    for sample, (row_ids, sample_runs) in enumerate(rows_runs):
         image: list[list[int]] = [[]]
         for n, (start, stop) in enumerate(sample_runs):
             given.cells["kind"][sample, [start - 2, start - 1]] = SPECIAL
