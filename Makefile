@@ -1,0 +1,58 @@
+# Every target makes the virtual environment it needs (see .ci/environment); PYTHON=... picks another interpreter.
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast test-real lint fmt types bench clean
+
+BIN := .venv/bin
+SOURCES := interp probes dashboards tests
+# Options for the command that a target runs, as in: make demo DEMO_ARGS="--no-browser --port 8060"
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+# pytest's 5 is "no test matched", which a chosen `-k` makes normal.
+define pytest
+$(BIN)/python -m pytest $(1) $(PYTEST_ARGS) || [ $$? -eq 5 ]
+endef
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.venv/.stamp-demo: pyproject.toml constraints.txt interp/_version.py
+	@.ci/environment dashboard,gemma
+	@touch $@
+
+.venv/.stamp-dev: pyproject.toml constraints.txt interp/_version.py
+	@.ci/environment dashboard,gemma,dev
+	@touch $@ .venv/.stamp-demo
+
+demo: .venv/.stamp-demo ## the main job on a real model, and its dashboard
+	$(BIN)/headscope demo $(DEMO_ARGS)
+
+test: .venv/.stamp-dev ## the fast suite, then the tests on real weights
+	$(call pytest,-n auto -m "not real")
+	$(call pytest,-m real)
+
+test-fast: .venv/.stamp-dev ## the fast suite, in parallel
+	$(call pytest,-n auto -m "not real")
+
+test-real: .venv/.stamp-dev ## the tests on real weights
+	$(call pytest,-m real)
+
+lint: .venv/.stamp-dev ## ruff (rules and format) and the import contract
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/lint-imports --no-cache
+
+fmt: .venv/.stamp-dev ## format, and fix what can be fixed
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+types: .venv/.stamp-dev ## pyright, strict on interp/
+	$(BIN)/pyright
+
+bench: .venv/.stamp-dev ## every benchmark, recorded in tests/benchmarks/results
+	@for file in tests/benchmarks/bench_*.py; do echo "-- $$file"; $(BIN)/python $$file $(BENCH_ARGS) || exit 1; done
+
+clean: ## remove .venv, caches and build products
+	rm -rf .venv build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find $(SOURCES) -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Tasks that elicit a behaviour, with their ground truth sample by sample."""
