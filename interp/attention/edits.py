@@ -4,17 +4,19 @@ An :class:`Edit` is a set of operations plus the key groups they speak of. The o
 their kind (:data:`STAGES`), not by the order in which they were given: temperature, boost, restrictions, uniform and
 given rows, group weights and redistributions, gain. Within one kind they act in the order given.
 
-Shapes: ``where`` is bool, broadcast over ``[B|1, H|1, Lq|1]``, None for everywhere; per-row values broadcast the same way.
-``H`` counts query heads. Tensors indexed by key are indexed by key slot of this call; rules on positions use absolute
+Shapes: ``where`` is bool, broadcast over ``[B|1, H|1, Lq|1]``, None for everywhere; per-row values broadcast the same
+way. ``H`` counts query heads. Tensors indexed by key are indexed by key slot of this call; rules on positions use absolute
 positions (see :class:`~interp.attention.mask.Mask`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TypeVar
 
-import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 MAX_GROUPS = 8
 MAX_DROPPED_KEYS = 32
@@ -30,7 +32,10 @@ class Gain:
 
 @dataclass(frozen=True, eq=False)
 class Temperature:
-    """``q.k / value``, before softcap; never divides a bias or a sink logit. ``value`` is float or ``[B|1, H|1, Lq|1]``, > 0."""
+    """``q.k / value``, before softcap; never divides a bias or a sink logit.
+
+    ``value`` is float or ``[B|1, H|1, Lq|1]``, > 0.
+    """
 
     value: Tensor | float
     where: Tensor | None = None
@@ -58,7 +63,7 @@ class SinkWindow:
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """Keep key block ``j // block`` for query block ``i // block`` where ``allowed`` says so (S2's shards and the like).
+    """Keep key block ``j // block`` for query block ``i // block`` where ``allowed`` says so (such as S2's shards).
 
     ``allowed`` is bool ``[H|1, Mq, Mk]`` over absolute block numbers.
     """
@@ -72,8 +77,8 @@ class Blocks:
 class Neighbourhood:
     """Keep keys within ``radius`` (Chebyshev distance) of the query, in 1-D or on a 2-D patch grid.
 
-    ``query_coords`` is int ``[B|1, Lq, n]``, ``key_coords`` int ``[B|1, Lk, n]``, n = 1 or 2. A negative coordinate marks a
-    token without a place (class token, text): it sees and is seen by all. ``radius`` is int or int ``[H|1]``.
+    ``query_coords`` is int ``[B|1, Lq, n]``, ``key_coords`` int ``[B|1, Lk, n]``, n = 1 or 2. A negative coordinate
+    marks a token without a place (class token, text): it sees and is seen by all. ``radius`` is int or int ``[H|1]``.
     """
 
     radius: Tensor | int
@@ -84,7 +89,10 @@ class Neighbourhood:
 
 @dataclass(frozen=True, eq=False)
 class Threshold:
-    """Keep keys whose score ``s`` (after step 1, boost included) is at least ``value`` ``[B|1, H|1, Lq|1]``: top-k forms."""
+    """Keep keys whose score ``s`` (after step 1, boost included) is at least ``value``: top-k forms.
+
+    ``value`` is ``[B|1, H|1, Lq|1]``.
+    """
 
     value: Tensor
     where: Tensor | None = None
@@ -107,7 +115,7 @@ class Uniform:
 
 @dataclass(frozen=True, eq=False)
 class GivenRows:
-    """Replace p of ``heads [n]`` at query rows ``rows [R]`` (of this call) by ``p [B|1, n, R, Lk]`` (patching a pattern).
+    """Replace p of ``heads [n]`` at query rows ``rows [R]`` of this call by ``p [B|1, n, R, Lk]`` (patching a pattern).
 
     The given row is used as it is, also where it lies outside the visible set; its sink share becomes 0.
     """
@@ -121,9 +129,10 @@ class GivenRows:
 class GroupWeights:
     """``p_ij *= weight[query group of i, key group of j]``; ``weight`` is ``[B|1, H|1, Gq|1, G]``, not negative.
 
-    ``renormalise=True`` divides by ``sum_j w p + sink share``, which is what multiplying inside the softmax does: weight 0
-    is then knockout (minus infinity before the softmax). Without it, weight 0 is zeroed attention and rows lose mass. A
-    row that has nothing left stays zero.
+    ``renormalise=True`` divides by ``sum_j w p + sink share``, which is what multiplying inside the softmax does:
+    weight 0 is then knockout (minus infinity before the softmax). Without it, weight 0 is zeroed attention and rows
+    lose mass. A row that has nothing left stays zero; in fp32 that includes a row whose remaining keys score some 87
+    nats below the ones knocked out (e^-87 is the smallest normal fp32 number).
     """
 
     weight: Tensor
@@ -136,8 +145,9 @@ class Redistribute:
     """Move a fraction of the mass on ``source`` groups to ``target`` groups, row by row; row sums stay (VAR).
 
     With M the row's masses at this stage: open iff the row is selected and ``M_W >= summ`` and ``M_P >= rho * M_W`` and
-    ``M_S > 0`` and ``M_T > 0``; then ``w_S = 1 - fraction`` and ``w_T = 1 + fraction * M_S / M_T``. ``fraction`` is float or
-    ``[B|1, H|1, Lq|1]`` in [0, 1]. W is ``gate_mass``, P is ``gate_share`` (a subset of W for VAR).
+    ``M_S > 0`` and ``M_T > 0``; then ``w_S = 1 - fraction`` and ``w_T = 1 + fraction * M_S / M_T``. ``fraction`` is
+    float or ``[B|1, H|1, Lq|1]`` in [0, 1]. W is ``gate_mass``, P is ``gate_share`` (a subset of W for VAR); an empty
+    tuple has mass 0, which leaves its gate open at ``summ = 0`` or ``rho = 0``.
     """
 
     source: tuple[int, ...]
@@ -151,7 +161,18 @@ class Redistribute:
 
 
 Operation = (
-    Gain | Temperature | Boost | SinkWindow | Blocks | Neighbourhood | Threshold | DropKeys | Uniform | GivenRows | GroupWeights | Redistribute
+    Gain
+    | Temperature
+    | Boost
+    | SinkWindow
+    | Blocks
+    | Neighbourhood
+    | Threshold
+    | DropKeys
+    | Uniform
+    | GivenRows
+    | GroupWeights
+    | Redistribute
 )
 Restriction = (SinkWindow, Blocks, Neighbourhood, Threshold, DropKeys)
 
@@ -173,25 +194,35 @@ class Edit:
 
     Args:
         operations: any number of the classes above; sorted by stage, stable within one.
-        groups: int8 ``[B|1, Lk]`` by key slot, values ``0 .. n_groups - 1``; needed by Boost, GroupWeights, Redistribute.
+        groups: int8 ``[B|1, Lk]`` by key slot, values ``0 .. n_groups - 1``, for Boost, GroupWeights, Redistribute.
         query_groups: int8 ``[B|1, Lq]``; None puts every row in query group 0.
-        n_groups: number of key groups (at most 8); None takes it from the operations' tensors or the largest group named.
+        n_groups: number of key groups (at most 8); None takes it from the operations' tables, else 8.
     """
 
     operations: tuple[Operation, ...] = ()
     groups: Tensor | None = None
     query_groups: Tensor | None = None
-    n_groups: int = field(default=1)
+    n_groups: int | None = None
 
     def __post_init__(self) -> None:
-        ordered = tuple(sorted(self.operations, key=lambda op: STAGES[type(op)]))
+        ordered = tuple(sorted(self.operations, key=lambda op: STAGES.get(type(op), len(STAGES))))
         object.__setattr__(self, "operations", ordered)
 
-    def of(self, *kinds: type) -> list[Operation]:
+    def of(self, *kinds: type[T]) -> list[T]:
         """The operations of the given kinds, in the order in which they act."""
         return [op for op in self.operations if isinstance(op, kinds)]
 
+    @property
+    def key_groups(self) -> int:
+        """Number of key groups, ``n_groups`` where it was given."""
+        if self.n_groups is not None:
+            return self.n_groups
+        tables = [op.beta.shape[-1] for op in self.of(Boost)] + [op.weight.shape[-1] for op in self.of(GroupWeights)]
+        if tables:
+            return max(tables)
+        return 1 if self.groups is None else MAX_GROUPS
 
-def is_set(where: Tensor | None) -> bool:
-    """False only for a ``where`` that selects nothing."""
-    return where is None or bool(torch.any(where))
+    @property
+    def row_groups(self) -> int:
+        """Number of query groups that the operations tell apart."""
+        return max((op.weight.shape[2] for op in self.of(GroupWeights)), default=1)

@@ -1,6 +1,6 @@
 """What is asked of attention at one site in one call (:class:`Readout`), and the answer (:class:`Readings`).
 
-All readings are of the final p (after every edit), fp32 / int32 (fp64 where the inputs are), from unrounded probabilities.
+All readings are of the final p (after every edit), fp32 / int32 (fp64 where the inputs are), from unrounded p.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ class Readout:
 
     Args:
         heads: int64 ``[Hs]``, the query heads to read (None is all); every reading's head axis has length Hs.
-        groups: int8 ``[B|1, Lk]`` key groups for ``mass`` and ``group_output`` (None is one group). Own, not the edit's.
+        groups: int8 ``[B|1, Lk]`` key groups for ``mass`` and ``group_output`` (None is one). Own, not the edit's.
         n_groups: number of key groups, at most 8.
-        query_groups: int8 ``[B|1, Lq]``; rows of group -1 are not counted in ``received``, ``pooled`` and ``offset`` (pads).
+        query_groups: int8 ``[B|1, Lq]``; rows of group -1 (pads) are not counted in ``received``, ``pooled``,
+            ``offset``.
         n_query_groups: number of query groups.
         row_stats: ``lse``, ``top_weight``, ``top_key``, ``entropy``, ``mass``, ``sink_share``.
         topk: k in 0..8 for ``topk_weight`` and ``topk_key``.
@@ -81,12 +82,32 @@ class Readout:
         )
 
 
+READING_AXES: dict[str, tuple[str, ...]] = {
+    "lse": ("batch", "head", "query"),
+    "top_weight": ("batch", "head", "query"),
+    "top_key": ("batch", "head", "query"),
+    "entropy": ("batch", "head", "query"),
+    "mass": ("batch", "head", "query", "group"),
+    "sink_share": ("batch", "head", "query"),
+    "topk_weight": ("batch", "head", "query", "k"),
+    "topk_key": ("batch", "head", "query", "k"),
+    "group_output": ("batch", "head", "output_row", "group", "dim"),
+    "received": ("batch", "head", "query_group", "key"),
+    "received_rows": ("batch", "head", "query_group", "key"),
+    "pooled": ("batch", "head", "query_block", "key_block"),
+    "offset": ("batch", "head", "offset"),
+    "rows": ("batch", "head", "row", "key"),
+    "attention": ("batch", "head", "query", "key"),
+}
+"""Axes of each reading; ``row`` counts ``Readout.rows`` and ``output_row`` counts ``Readout.group_output``."""
+
+
 @dataclass(eq=False)
 class Readings:
     """The answer; a field is None where it was not asked for. H is the number of heads read, R of rows asked for.
 
     Attributes:
-        lse: ``[B, H, Lq]`` natural log of the softmax denominator, sink included, before uniform rows and group weights.
+        lse: ``[B, H, Lq]`` natural log of the softmax denominator, sink included, before steps 4 and 5.
         top_weight: ``[B, H, Lq]`` largest p of the row.
         top_key: int32 ``[B, H, Lq]`` its absolute position; -1 where the row has no mass; ties go to the lowest.
         entropy: ``[B, H, Lq]`` -sum p ln p over keys, nats, not renormalised.
@@ -96,12 +117,14 @@ class Readings:
         topk_key: int32 ``[B, H, Lq, k]``; -1 likewise.
         group_output: ``[B, H, R, G, Dv]`` what each key group contributed to z (gain included); sums to z over G.
         received: ``[B, H, Gq, Lk]`` raw column sums.
-        received_rows: int32 ``[B, H, Gq, Lk]`` number of counted rows that can see the key.
+        received_rows: int32 ``[B, H, Gq, Lk]`` number of counted rows that can see the key; an expanded view (stride 0
+            over heads) where all heads see the same keys.
         pooled: ``[B, H, ceil(Lq / edge), ceil(Lk / edge)]`` block sums.
         pooled_edge: the block edge, the smallest power of two >= max(Lq, Lk) / P.
-        offset: ``[B, H, bins + 1]`` summed p per offset (row-major over dimensions); the last bin has the special tokens.
+        offset: ``[B, H, bins + 1]`` summed p per offset (row-major over dimensions); the last bin has special tokens.
         rows: ``[B, H, R, Lk]`` exact rows of p.
         attention: ``[B, H, Lq, Lk]`` the full map.
+        backend: which backend computed the call.
     """
 
     lse: Tensor | None = None
@@ -120,6 +143,7 @@ class Readings:
     offset: Tensor | None = None
     rows: Tensor | None = None
     attention: Tensor | None = None
+    backend: str | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """The readings that are there, by name."""

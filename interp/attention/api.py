@@ -1,0 +1,99 @@
+"""The op: attention that can be edited and read."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from interp.attention.backends import choose
+from interp.attention.call import Call
+from interp.attention.combine import is_neutral
+from interp.attention.edits import Edit
+from interp.attention.mask import Mask
+from interp.attention.readouts import Readings, Readout, pooled_edge
+from interp.attention.validation import validate
+
+
+class Attended(NamedTuple):
+    """``output [B, Lq, H, Dv]`` in q's dtype (None where not wanted) and the readings."""
+
+    output: Tensor | None
+    readings: Readings
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    mask: Mask | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    edit: Edit | None = None,
+    readout: Readout | None = None,
+    backend: str = "auto",
+    want_output: bool = True,
+) -> Attended:
+    """Scaled dot product attention with an edit and a readout.
+
+    For sample b, query head h (which reads key-value head ``h // (H / Hkv)``), query row i and key j:
+
+    1. ``s = scale * q_i.k_j / T``; softcap ``s = c tanh(s / c)``; ``+ bias``; boost ``s += beta |s|``
+    2. ``V_i`` = causal and window and padding and mask and restrictions
+    3. ``p = exp(s) / (sum over V_i of exp(s) + exp(sink_h))`` on ``V_i``
+    4. uniform rows ``1 / |V_i|``, given rows
+    5. ``p *= w[query group of i, key group of j]``, renormalised or not; redistribution
+    6. ``z_i = gain * sum_j p_ij v_j``
+
+    Computed in fp32 (fp64 for fp64 inputs) from the inputs as they are; a row that sees nothing gives 0.
+
+    Args:
+        q: ``[B, H, Lq, D]``.
+        k: ``[B, Hkv, Lk, D]``, not repeated.
+        v: ``[B, Hkv, Lk, Dv]``.
+        scale: factor on q.k, usually ``D ** -0.5``.
+        mask: which keys a row may see; None is all.
+        softcap: c of step 1 (Gemma 2).
+        sinks: float ``[H]``, learned logits that join the denominator (GPT-OSS).
+        bias: additive float ``[B|1, H|1, Lq|1, Lk]``; entries <= finfo.min / 2 of its dtype count as masked.
+        edit: what to change; see :mod:`interp.attention.edits`.
+        readout: what to return beside the output; see :mod:`interp.attention.readouts`.
+        backend: ``reference`` (the specification; holds full maps), ``blockwise`` (exact, memory linear in Lk),
+            ``sdpa`` (PyTorch's own; no readings, hardly any edits), ``triton`` (CUDA), or ``auto``: a call that nobody
+            edits (or whose edit is neutral) and nobody reads goes to ``sdpa`` where that can express it, everything
+            else to ``blockwise``.
+        want_output: False skips the product with v; the output is then None.
+
+    Returns:
+        The output and the :class:`Readings`; ``readings.backend`` names the backend that computed it.
+
+    Raises:
+        AttentionArgumentError: an argument breaks a rule.
+        BackendUnavailable: the backend asked for by name is missing or lacks something that this call needs.
+    """
+    mask, edit, readout = mask or Mask(), edit or Edit(), readout or Readout()
+    validate(q, k, v, scale=scale, mask=mask, softcap=softcap, sinks=sinks, bias=bias, edit=edit, readout=readout)
+    n_queries, n_keys = q.shape[2], k.shape[2]
+    if backend == "auto" and is_neutral(edit):
+        edit = Edit()
+    call = Call(
+        q=q,
+        k=k,
+        v=v,
+        scale=float(scale),
+        mask=mask.simplified(n_queries, n_keys),
+        softcap=softcap,
+        sinks=sinks,
+        bias=bias,
+        edit=edit,
+        readout=readout,
+        want_output=want_output,
+        pooled_edge=pooled_edge(n_queries, n_keys, readout.pooled) if readout.pooled else 0,
+    )
+    name, chosen = choose(backend, call)
+    output, readings = chosen.run(call)
+    readings.backend = name
+    return Attended(output, readings)

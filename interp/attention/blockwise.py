@@ -1,0 +1,219 @@
+"""The specification, tile by tile: exact, on any device, with memory linear in the number of tokens.
+
+A tile is a few hundred query rows of a few heads against all keys that any of its rows may see; its probabilities
+are the only thing of size rows x keys, and they live under a fixed byte budget. Because a tile holds whole rows, the
+softmax needs no rescaling and every edit and reading is the one of :mod:`~interp.attention.reference`. What remains is
+to choose tiles, to leave out keys that causality or a window hides from all rows of a tile, and to put readings together.
+
+When something is to be differentiated, each tile is recomputed in the backward pass (torch's checkpoint), so that
+memory stays linear there too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from interp.attention.call import Call, Places, Tile
+from interp.attention.edits import Blocks, DropKeys, GivenRows, Neighbourhood, SinkWindow, Threshold
+from interp.attention.mask import Visible
+from interp.attention.readouts import READING_AXES, Readings
+from interp.attention.reference import attend_tile
+
+# One fp32 temporary of a tile. On a CPU it should sit in the cache a core has for itself (2 MiB was the fastest of
+# 0.5 to 16 MiB on a Xeon); on a GPU it should keep all multiprocessors busy.
+TILE_BYTES = {"cpu": 2 << 20, "other": 256 << 20}
+MIN_ROWS, MAX_ROWS = 16, 256
+
+
+def supports(call: Call) -> str | None:
+    """None: this backend has everything."""
+    return None
+
+
+def run(call: Call, tile_bytes: int | None = None) -> tuple[Tensor | None, Readings]:
+    """Give z ``[B, Lq, H, Dv]`` in q's dtype (None where not wanted) and the readings.
+
+    Args:
+        call: the call.
+        tile_bytes: byte budget of one temporary; None takes the device's.
+    """
+    batch, heads, n_queries, _ = call.shape
+    z = call.q.new_empty(batch, n_queries, heads, call.v.shape[-1]) if call.want_output else None
+    gathered = Gathered(call, shared_visible=not visible_varies_by_head(call))
+    differentiable = call.needs_grad
+    seen: Visible | None = None
+    rows_of_seen: tuple[tuple[int, int], tuple[int, int]] | None = None
+    for tile in tiles(call, tile_bytes):
+        part, places = call.tile(tile)
+        if not part.want_output and part.readout.empty:
+            continue
+        if not gathered.shared_visible or rows_of_seen != (tile.batch, tile.rows):
+            seen = None
+        if differentiable:
+            part_z, readings, seen = checkpoint(attend_tile, part, seen, use_reentrant=False, preserve_rng_state=False)
+        else:
+            part_z, readings, seen = attend_tile(part, seen)
+        rows_of_seen = (tile.batch, tile.rows)
+        if z is not None and part_z is not None:
+            z[slice(*tile.batch), slice(*tile.rows), slice(*tile.heads)] = part_z.transpose(1, 2).to(z.dtype)
+        gathered.add(readings, tile, places)
+    return z, gathered.finished()
+
+
+def visible_varies_by_head(call: Call) -> bool:
+    """Whether two heads of the call may see different keys."""
+    tables = [call.mask.dense, call.bias]
+    tables += [op.where for op in call.edit.of(SinkWindow, Blocks, Neighbourhood, DropKeys)]
+    tables += [op.keys for op in call.edit.of(DropKeys)]
+    if any(table is not None and table.shape[1] > 1 for table in tables):
+        return True
+    numbers = [x for op in call.edit.of(SinkWindow) for x in (op.sink, op.window)]
+    numbers += [op.radius for op in call.edit.of(Neighbourhood)]
+    if any(isinstance(number, Tensor) and number.numel() > 1 for number in numbers):
+        return True
+    return bool(call.edit.of(Threshold)) or any(op.allowed.shape[0] > 1 for op in call.edit.of(Blocks))
+
+
+# Tiles
+
+
+def tiles(call: Call, tile_bytes: int | None = None) -> Iterator[Tile]:
+    """Tiles that cover the call; those of the same samples and rows follow each other."""
+    batch, heads, n_queries, n_keys = call.shape
+    budget = tile_bytes or TILE_BYTES.get(call.q.device.type, TILE_BYTES["other"])
+    room = max(budget // (n_keys * call.dtype.itemsize), 1)
+    n_rows = rows_per_tile(room, n_queries)
+    room = max(room // n_rows, 1)
+    group = heads // call.k.shape[1]
+    if call.k.dtype != call.dtype:
+        # The tile's keys and values are copied to the computation's dtype, which at few rows outweighs its scores.
+        copied = n_keys * (call.k.shape[3] + call.v.shape[3]) * call.dtype.itemsize
+        room = min(room, max(8 * budget // copied, 1) * group)
+    spans = list(head_spans(heads, group, room))
+    n_samples = max(room // heads, 1)
+    for samples in ranges(batch, n_samples):
+        for rows in ranges(n_queries, n_rows):
+            keys = key_range(call, samples, rows)
+            for span in spans:
+                yield Tile(samples, span, rows, keys)
+
+
+def rows_per_tile(room: int, n_queries: int) -> int:
+    """A power of two, so that tiles and the blocks of a pooled map nest; or all rows."""
+    n_rows = max(min(room, MAX_ROWS), min(MIN_ROWS, room * 4))
+    n_rows = 1 << (n_rows.bit_length() - 1)
+    return n_queries if n_rows >= n_queries else n_rows
+
+
+def head_spans(heads: int, group: int, room: int) -> Iterator[tuple[int, int]]:
+    """Spans of at most ``room`` query heads that hold whole KV groups or lie within one."""
+    if room >= group:
+        yield from ranges(heads, room // group * group)
+        return
+    for first in range(0, heads, group):
+        yield from ((first + start, first + stop) for start, stop in ranges(group, room))
+
+
+def ranges(total: int, step: int) -> Iterator[tuple[int, int]]:
+    yield from ((start, min(start + step, total)) for start in range(0, total, step))
+
+
+def key_range(call: Call, samples: tuple[int, int], rows: tuple[int, int]) -> tuple[int, int]:
+    """Key slots that these rows can have anything to do with, from a multiple of the pooled map's block edge on."""
+    n_keys = call.shape[3]
+    if any(bool(((op.rows >= rows[0]) & (op.rows < rows[1])).any()) for op in call.edit.of(GivenRows)):
+        return 0, n_keys  # a given row may have mass where the mask hides keys
+    start, stop = call.mask.rows(*rows).key_range(rows[1] - rows[0], n_keys)
+    if call.pooled_edge:
+        start = start // call.pooled_edge * call.pooled_edge
+    return start, stop
+
+
+# Assembly
+
+
+@dataclass
+class Gathered:
+    """Readings of a whole call, filled tile by tile."""
+
+    call: Call
+    shared_visible: bool
+    readings: Readings = field(default_factory=Readings)
+    counted: tuple[tuple[int, int], tuple[int, int]] | None = None
+
+    def add(self, part: Readings, tile: Tile, places: Places) -> None:
+        """Put a tile's readings where they belong: sums over rows are added up, everything else is placed."""
+        for name, piece in part.tensors().items():
+            if name == "received_rows":
+                self._add_received_rows(piece, tile, places)
+                continue
+            whole = self._whole(name, piece)
+            index = self._index(name, tile, places)
+            if name in ("received", "pooled", "offset"):
+                whole[index] += piece
+            else:
+                whole[index] = piece
+        self.readings.pooled_edge = part.pooled_edge or self.readings.pooled_edge
+
+    def _whole(self, name: str, piece: Tensor) -> Tensor:
+        whole = getattr(self.readings, name)
+        if whole is None:
+            whole = piece.new_zeros(self._shape(name, piece))
+            setattr(self.readings, name, whole)
+        return whole
+
+    def _shape(self, name: str, piece: Tensor) -> list[int]:
+        batch, heads, n_queries, n_keys = self.call.shape
+        asked, edge = self.call.readout, max(self.call.pooled_edge, 1)
+        sizes = {
+            "batch": batch,
+            "head": heads if asked.heads is None else len(asked.heads),
+            "query": n_queries,
+            "key": n_keys,
+            "query_block": -(-n_queries // edge),
+            "key_block": -(-n_keys // edge),
+            "row": 0 if asked.rows is None else len(asked.rows),
+            "output_row": 0 if asked.group_output is None else len(asked.group_output),
+        }
+        return [sizes.get(axis, own) for axis, own in zip(READING_AXES[name], piece.shape, strict=True)]
+
+    def _index(self, name: str, tile: Tile, places: Places) -> tuple[slice | Tensor, ...]:
+        edge = max(self.call.pooled_edge, 1)
+        index: dict[str, slice | Tensor | None] = {
+            "batch": slice(*tile.batch),
+            "head": slice(*tile.heads) if places.heads is None else places.heads,
+            "query": slice(*tile.rows),
+            "key": slice(*tile.keys),
+            "query_block": slice(tile.rows[0] // edge, -(-tile.rows[1] // edge)),
+            "key_block": slice(tile.keys[0] // edge, -(-tile.keys[1] // edge)),
+            "row": places.rows,
+            "output_row": places.output_rows,
+        }
+        chosen = [index.get(axis, slice(None)) for axis in READING_AXES[name]]
+        if isinstance(chosen[1], Tensor) and isinstance(chosen[2], Tensor):
+            chosen[1] = chosen[1].unsqueeze(-1)  # every listed head at every listed row
+        return tuple(x if x is not None else slice(None) for x in chosen)
+
+    def _add_received_rows(self, piece: Tensor, tile: Tile, places: Places) -> None:
+        """Counts of rows do not depend on the head where the visible set does not: then one tile of heads counts."""
+        if self.shared_visible:
+            if self.counted == (tile.batch, tile.rows):
+                return
+            self.counted = (tile.batch, tile.rows)
+        whole = self.readings.received_rows
+        if whole is None:
+            shape = self._shape("received_rows", piece)
+            whole = piece.new_zeros([shape[0], 1 if self.shared_visible else shape[1], *shape[2:]])
+            self.readings.received_rows = whole
+        batch, head, *rest = self._index("received_rows", tile, places)
+        whole[(batch, slice(None) if self.shared_visible else head, *rest)] += piece
+
+    def finished(self) -> Readings:
+        readings = self.readings
+        if readings.received_rows is not None and readings.received is not None:
+            readings.received_rows = readings.received_rows.expand_as(readings.received)
+        return readings
