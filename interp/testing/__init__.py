@@ -1,6 +1,6 @@
 """Tiny random models of each family, an independent recomputation of their attention, and an error-budget assert.
 
-Nothing is downloaded: the models are built from configs. Transformers' modelling code is imported by :func:`build` only.
+Nothing is downloaded: the models are built from configs. :func:`build` is what imports transformers' modelling code.
 """
 
 from __future__ import annotations

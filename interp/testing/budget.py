@@ -9,7 +9,7 @@ from torch import Tensor
 def assert_within_error_budget(
     got: Tensor, reference64: Tensor, low_precision: Tensor, *, factor: float = 2.0, what: str = "result"
 ) -> None:
-    """Assert that ``got`` is no further from fp64 than ``factor`` times PyTorch's own low-precision path, plus rounding.
+    """Assert that ``got`` is no further from fp64 than ``factor`` times PyTorch's own low-precision path, and rounding.
 
     Args:
         got: the result under test, in a low precision.
@@ -19,7 +19,7 @@ def assert_within_error_budget(
         what: name of the result in the failure.
 
     The band is one unit in the last place of ``low_precision``'s dtype at the largest reference value: where PyTorch
-    happens to be exact, rounding the right answer must still pass. Entries where the reference is infinite must be equal.
+    happens to be exact, rounding the right answer must still pass. Infinite entries must be equal.
 
     Raises:
         AssertionError: shapes differ, NaN or infinity where there should be none, or an error over the budget; the

@@ -70,9 +70,7 @@ def blip2(draw: Draw) -> Specimen:
         module=Blip2ForConditionalGeneration(config),
         inputs={**prompt(draw, 8), "pixel_values": draw.floats(1, 3, 32, 32)},
         stacks={
-            "text": stack(
-                "language_model.model.decoder.layers.{}.self_attn", 2, 4, ("language_model", "attentions")
-            ),
+            "text": stack("language_model.model.decoder.layers.{}.self_attn", 2, 4, ("language_model", "attentions")),
             "vision": stack("vision_model.encoder.layers.{}.self_attn", 3, 4, ("vision_model", "attentions")),
             "qformer": stack("qformer.encoder.layer.{}.attention.attention", 3, 2, SITES),
             "qformer_cross": stack(
@@ -115,7 +113,7 @@ def mllama(draw: Draw) -> Specimen:
     config = MllamaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
 
     def inputs(texts: dict[str, Tensor]) -> dict[str, Any]:
-        n, length = texts["input_ids"].shape
+        n = texts["input_ids"].shape[0]
         # Tokens before the image see none of it: those rows are fully masked in the cross attention.
         after = (texts["input_ids"] == IMAGE).cumsum(-1).clamp(max=1)
         # The last sample's second tile is padding.

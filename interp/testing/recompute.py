@@ -25,7 +25,7 @@ class Recomputation:
     Attributes:
         maps: ``{module path: [map of each call]}``; a map is ``[batch, head, query, key]`` in fp64. Packed vision
             towers make one call for each window or image.
-        z: ``{module path: [output of each call]}``, ``[batch, query, head, dim]`` in fp64, before the output projection.
+        z: ``{module path: [output of each call]}``, ``[batch, query, head, dim]`` in fp64, before ``o_proj``.
         result: what the model returned.
     """
 

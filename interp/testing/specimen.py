@@ -51,7 +51,7 @@ def stack(
     *,
     without: Sequence[int] = (),
 ) -> Stack:
-    """A :class:`Stack` whose layer ``i`` is the module ``pattern.format(i)``; ``without`` lists layers with no heads."""
+    """A :class:`Stack` whose layer ``i`` is the module ``pattern.format(i)``; ``without`` lists those with no heads."""
     sites = tuple(None if i in without else pattern.format(i) for i in range(n_layers))
     return Stack(sites, n_heads, maps)
 

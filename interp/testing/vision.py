@@ -11,12 +11,20 @@ from interp.testing.specimen import Draw, Specimen, family, stack
 RECTANGLE: dict[str, Any] = {"image_size": (48, 32), "patch_size": 8}
 SQUARE: dict[str, Any] = {"image_size": 40, "patch_size": 8}
 
+DINOV2_SITES = ("encoder.layer.{}.attention.attention", "encoder.layer.{}.attention")
+
 ENCODER: dict[str, Any] = {
     "hidden_size": 48,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "intermediate_size": 64,
 }
+
+
+def _first(module: Any, *patterns: str) -> str:
+    """The first pattern that names modules here: transformers 5.23 has other paths than 5.17."""
+    names = {name for name, _ in module.named_modules()}
+    return next(pattern for pattern in patterns if pattern.format(0) in names)
 
 
 def _vision(module: Any, draw: Draw, sites: str, height: int, width: int, **more: Any) -> Specimen:
@@ -51,7 +59,7 @@ def dinov2(draw: Draw) -> Specimen:
     from transformers import Dinov2Config, Dinov2Model
 
     module = Dinov2Model(Dinov2Config(**ENCODER, **SQUARE))
-    return _vision(module, draw, "encoder.layer.{}.attention", 40, 40)
+    return _vision(module, draw, _first(module, *DINOV2_SITES), 40, 40)
 
 
 @family("dinov2_registers", "Dinov2WithRegistersModel")
@@ -59,15 +67,16 @@ def dinov2_registers(draw: Draw) -> Specimen:
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
     module = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**ENCODER, **SQUARE, num_register_tokens=3))
-    return _vision(module, draw, "encoder.layer.{}.attention", 40, 40, notes="CLS and 3 registers lead.")
+    return _vision(module, draw, _first(module, *DINOV2_SITES), 40, 40, notes="CLS and 3 registers lead.")
 
 
 @family("dinov3", "DINOv3ViTModel")
 def dinov3(draw: Draw) -> Specimen:
     from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-    module = DINOv3ViTModel(DINOv3ViTConfig(**ENCODER, **RECTANGLE, num_register_tokens=3))
-    return _vision(module, draw, "model.layer.{}.attention", 48, 32, notes="CLS and 3 registers lead; rotary.")
+    module = DINOv3ViTModel(DINOv3ViTConfig(**ENCODER, **SQUARE, num_register_tokens=3))
+    sites = _first(module, "model.layer.{}.attention", "layer.{}.attention")
+    return _vision(module, draw, sites, 48, 32, notes="CLS and 3 registers lead; rotary, so any image size.")
 
 
 def _image_text(module: Any, draw: Draw, **more: Any) -> Specimen:
