@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from interp.models.model import Model
 
 
+ONE_IMAGE = ("Blip2Processor", "InstructBlipProcessor")
+"""Processors that put exactly one image before each text, however many they are given."""
+
+OPTIONAL = inspect.Parameter("optional", inspect.Parameter.KEYWORD_ONLY, default=None)
+
+
 def encode(model: Model, text: Any, image: Any, *, chat: bool, system: str | None) -> Any:
     """See :meth:`interp.models.model.Model.encode`."""
     texts = _texts(text)
@@ -25,6 +31,9 @@ def encode(model: Model, text: Any, image: Any, *, chat: bool, system: str | Non
     if texts is None:
         return _finish(model, _image_part(model)(images=_flat(image), return_tensors="pt"))
     images = _nested(image, single=isinstance(text, str), count=len(texts))
+    if type(model.processor).__name__ in ONE_IMAGE and any(len(mine) != 1 for mine in images):
+        counts = [len(mine) for mine in images]
+        raise ModelInputError(f"image must be one image a text for {type(model.module).__name__}, got {counts}")
     if chat:
         texts = [_chat(model, t, len(images[n]), system) for n, t in enumerate(texts)]
     else:
@@ -70,6 +79,8 @@ def _fits(model: Model, text: Any, image: Any, *, chat: bool, system: str | None
         raise ModelInputError(missing(model, "tokenizer"))
     if image is not None and model.processor is None:
         raise ModelInputError(missing(model, "processor"))
+    if image is None and takes.get("pixel_values", OPTIONAL).default is inspect.Parameter.empty:
+        raise ModelInputError(f"image must be given for {name}")
     if text is None and chat:
         raise ModelInputError("chat must be False without text")
     if system is not None and not chat:
@@ -99,13 +110,16 @@ def _chat(model: Model, text: str, n_images: int, system: str | None) -> str:
 
 
 def _with_placeholders(model: Model, text: str, n_images: int) -> str:
-    mark = _placeholder(model.processor) if n_images else None
+    mark = _placeholder(model.processor)
     if mark is None:
         return text
     bare = mark if isinstance(mark, str) else mark[1]
-    whole = mark if isinstance(mark, str) else "".join(mark)
-    lacking = n_images - text.count(bare)
-    return whole * lacking + "\n" + text if lacking > 0 else text
+    written = text.count(bare)
+    if written == n_images:
+        return text
+    if written:
+        raise ModelInputError(f"text must have one {bare} an image or none at all, got {written} with {n_images} images")
+    return (mark if isinstance(mark, str) else "".join(mark)) * n_images + "\n" + text
 
 
 def _placeholder(processor: Any) -> str | tuple[str, str, str] | None:
@@ -113,7 +127,7 @@ def _placeholder(processor: Any) -> str | tuple[str, str, str] | None:
 
     None where the processor puts the image in by itself (BLIP-2, PaliGemma) or takes the text apart from it (CLIP).
     """
-    if type(processor).__name__ in ("PaliGemmaProcessor", "Blip2Processor", "InstructBlipProcessor"):
+    if type(processor).__name__ in ("PaliGemmaProcessor", *ONE_IMAGE):
         return None
     token = getattr(processor, "image_token", None)
     if hasattr(processor, "boi_token"):
@@ -176,7 +190,9 @@ def _finish(model: Model, encoded: Any) -> Any:
 
     # Tokenizers without a class of their own also give token_type_ids, which generate refuses where forward has none.
     if "token_type_ids" in encoded and "token_type_ids" not in inspect.signature(model.module.forward).parameters:
-        del encoded["token_type_ids"]
+        encoded.pop("token_type_ids")
+    # PaliGemma's processor gives labels too; with them the model computes a training loss.
+    encoded.pop("labels", None)
     if "input_ids" in encoded and encoded["input_ids"].shape[-1] == 0:
         raise ModelInputError("text must give at least one token, got an empty text and a tokenizer without a start token")
     for key, value in encoded.items():

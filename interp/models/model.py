@@ -221,7 +221,7 @@ def pad_id(tokenizer: Any) -> int:
 def missing(model: Model, what: str) -> str:
     """The message for a tokenizer or processor that is needed and absent."""
     why = f" ({model.processor_problem})" if model.processor_problem else ""
-    return f"{what} must be known to do this; {model.name} came without one{why}. Pass {what}= to interp.load"
+    return f"{what} must be known to do this, and {model.name} has none{why}; pass {what}= to interp.load"
 
 
 def _callable(model: Any) -> Any:
