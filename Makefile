@@ -3,7 +3,7 @@
 .PHONY: help demo test test-fast test-real lint fmt types bench clean
 
 BIN := .venv/bin
-SOURCES := interp probes dashboards tests
+SOURCES := headscope.py interp probes dashboards tests
 # Options for the command that a target runs, as in: make demo DEMO_ARGS="--no-browser --port 8060"
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
@@ -38,10 +38,9 @@ test-fast: .venv/.stamp-dev ## the fast suite, in parallel
 test-real: .venv/.stamp-dev ## the tests on real weights
 	$(call pytest,-m real)
 
-lint: .venv/.stamp-dev ## ruff (rules and format) and the import contract
+lint: .venv/.stamp-dev ## ruff: rules and format
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
-	$(BIN)/lint-imports --no-cache
 
 fmt: .venv/.stamp-dev ## format, and fix what can be fixed
 	$(BIN)/ruff format $(SOURCES)
@@ -55,4 +54,4 @@ bench: .venv/.stamp-dev ## every benchmark, recorded in tests/benchmarks/results
 
 clean: ## remove .venv, caches and build products
 	rm -rf .venv build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
-	find $(SOURCES) -name __pycache__ -prune -exec rm -rf {} +
+	find interp probes dashboards tests -name __pycache__ -prune -exec rm -rf {} +

@@ -14,7 +14,7 @@ from pathlib import Path
 
 IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if IN_WORKER:
-    # One thread a worker: torch in each worker would otherwise take every core. Read when torch is imported, hence here.
+    # Torch in each worker would otherwise take every core. Read when torch is imported, hence here.
     os.environ["OMP_NUM_THREADS"] = "1"
 # No test may reach for a model hub: what a machine happens to have access to must not decide what is tested.
 os.environ["HF_HUB_OFFLINE"] = "1"
