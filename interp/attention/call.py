@@ -146,13 +146,14 @@ class Call:
             mask=mask,
             sinks=None if self.sinks is None else tile.cut(self.sinks, "h"),
             bias=None if self.bias is None else tile.cut(self.bias, "bhqK"),
-            edit=_tile_edit(self.edit, tile),
+            edit=tile_edit(self.edit, tile),
             readout=readout,
         )
         return part, places
 
 
-def _tile_edit(edit: Edit, tile: Tile) -> Edit:
+def tile_edit(edit: Edit, tile: Tile) -> Edit:
+    """The part of an edit that acts on a tile."""
     if not edit.operations:
         return edit
     operations = [

@@ -1,0 +1,34 @@
+"""Headscope: trace, score and change the attention heads of transformers models.
+
+``import interp`` is light: names are resolved on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from interp._version import __version__
+
+_HOMES = {
+    "load": "interp.models.loading", "Model": "interp.models.model", "anatomy": "interp.models.anatomy",
+    "hooked": "interp.tracing.session", "reset": "interp.tracing.session",
+    "Capture": "interp.tracing.capture", "Trace": "interp.tracing.trace", "Intervention": "interp.tracing.calls",
+    "Head": "interp.heads", "Heads": "interp.heads",
+    "score": "interp.analysis", "scores": "interp.analysis",
+    "interventions": "interp.interventions", "MaskHeads": "interp.interventions", "Custom": "interp.interventions",
+    "check": "interp.checking",
+}  # fmt: skip
+
+__all__ = ["__version__", *sorted(_HOMES)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = import_module(_HOMES[name])
+    return home if name in ("interventions",) and not hasattr(home, name) else getattr(home, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,96 @@
+"""From the arguments transformers gives an attention function to a :class:`~interp.tracing.calls.SiteCall`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interp.attention import Mask
+from interp.models.anatomy import Site
+from interp.tracing.calls import RunState, SiteCall
+from interp.tracing.dispatch import entry_implementation
+from interp.tracing.masks import LazyMask
+
+
+def site_call(
+    site: Site, run: RunState, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, given: Any,
+    options: Mapping[str, Any], chunk: list[int],
+) -> SiteCall:  # fmt: skip
+    """Read one call's arguments.
+
+    Args:
+        given: a :class:`LazyMask`, a dense mask ``[B|1, H|1, Lq|1, >= Lk]`` (bool or additive) or None.
+        options: the keyword arguments of the attention function.
+        chunk: query rows and keys that earlier calls of the same module forward took (Qwen-VL's vision tower calls its
+            attention once per window or image).
+    """
+    n_queries, n_keys = query.shape[2], key.shape[2]
+    decoder = site.stack == "text" or site.cross
+    start = run.past_length if decoder else chunk[0]
+    bias: Tensor | None = options.get("position_bias")
+    if isinstance(given, LazyMask) and given.shape[-1] != n_keys:
+        given = given.dense()
+    if isinstance(given, LazyMask):
+        mask = given.describe()
+        mask = replace(mask, cross=True, causal=False, window=None, q_offset=start) if site.cross else mask
+    elif isinstance(given, Tensor):
+        if given.ndim != 4:
+            raise ValueError(f"attention mask at {site.name} must be [batch, head, query, key], got shape {tuple(given.shape)}")
+        visible, extra = _dense(given[..., :n_keys].to(query.device), n_queries)
+        bias = extra if bias is None or extra is None else bias + extra
+        mask = Mask(dense=visible, q_offset=start, kv_offset=0 if decoder else chunk[1], cross=site.cross)
+    else:
+        causal = not site.cross and n_queries > 1 and _is_causal(module, options)
+        mask = Mask(causal=causal, q_offset=start, kv_offset=0 if decoder else chunk[1], cross=site.cross)
+    if bias is not None:
+        bias = bias[..., :n_keys].to(query.device)
+    sinks = options.get("s_aux")
+    if sinks is None and isinstance(getattr(module, "sinks", None), Tensor):
+        sinks = module.sinks
+    scale = options.get("scaling")
+    seen = replace(
+        site, n_heads=query.shape[1], n_kv_heads=key.shape[1], head_dim=query.shape[-1], v_head_dim=value.shape[-1]
+    )
+    return SiteCall(
+        site=seen,
+        run=run,
+        q=query,
+        k=key,
+        v=value,
+        mask=mask,
+        scale=float(scale) if scale is not None else query.shape[-1] ** -0.5,
+        softcap=options.get("softcap"),
+        sinks=None if sinks is None else sinks.reshape(-1),
+        bias=bias,
+        generated=_generated(run, decoder, mask.q_offset, n_queries),
+    )
+
+
+def _generated(run: RunState, decoder: bool, start: int, count: int) -> bool:
+    if not decoder:
+        return False
+    if run.generating:
+        return run.prompt_length is not None and start >= run.prompt_length
+    return count == 1 and start > 0
+
+
+def _is_causal(module: nn.Module, options: Mapping[str, Any]) -> bool:
+    # Eager functions know no causality beyond the mask; the others follow the flag where there is no mask.
+    if entry_implementation(getattr(module, "config", None)) == "eager":
+        return False
+    flag = options.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if flag is None else flag)
+
+
+def _dense(mask: Tensor, n_queries: int) -> tuple[Tensor | None, Tensor | None]:
+    """``(visible, additive)`` of a dense mask; the additive part only where something finite is not 0."""
+    mask = mask.expand(-1, -1, n_queries, -1)
+    if mask.dtype == torch.bool:
+        return mask, None
+    visible = mask > torch.finfo(mask.dtype).min / 2
+    rest = torch.where(visible, mask, 0.0)
+    return (None if bool(visible.all()) else visible), (rest if bool(rest.any()) else None)

@@ -1,0 +1,118 @@
+"""How the op gets into a model: transformers' attention and mask interfaces, and the way back.
+
+One name is registered in both interfaces (in one only, the mask would silently be None and causality lost). Installing sets
+the implementation of the configs that the sites read; removing puts back what was there. A module that no open session
+knows, say of a second model that shares the config object, takes the function it had on entry.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interp.tracing.masks import LazyMask
+
+NAME = "interp"
+
+Handler = Callable[..., tuple[Tensor, Any]]
+
+_lock = threading.RLock()
+_handlers: dict[int, Handler] = {}
+_configs: dict[int, list[Any]] = {}
+
+
+def install(modules: Iterable[nn.Module], configs: Iterable[Any], handler: Handler) -> None:
+    """Send the attention calls of ``modules`` to ``handler``; ``configs`` are those the modules and their masks read."""
+    _register()
+    with _lock:
+        for module in modules:
+            _handlers[id(module)] = handler
+        for config in configs:
+            entry = _configs.setdefault(id(config), [config, config._attn_implementation, 0])
+            entry[2] += 1
+            config._attn_implementation_internal = NAME
+
+
+def remove(modules: Iterable[nn.Module], configs: Iterable[Any]) -> None:
+    """Undo :func:`install`; a config shared with another installed model keeps ours until that one is removed too."""
+    with _lock:
+        for module in modules:
+            _handlers.pop(id(module), None)
+        for config in configs:
+            entry = _configs.get(id(config))
+            if entry is None:
+                continue
+            entry[2] -= 1
+            if entry[2] == 0:
+                # What a user set meanwhile is theirs.
+                if config._attn_implementation == NAME:
+                    config._attn_implementation_internal = entry[1]
+                del _configs[id(config)]
+
+
+def entry_implementation(config: Any) -> str:
+    """The implementation a config had when we were installed."""
+    entry = _configs.get(id(config))
+    found = entry[1] if entry is not None else getattr(config, "_attn_implementation", None)
+    return "eager" if found in (None, NAME) else found
+
+
+def call_original(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> tuple[Tensor, Any]:
+    """The call as the plain model would have made it: its own function, its own mask."""
+    implementation = entry_implementation(getattr(module, "config", None))
+    function = _original_function(module, implementation)
+    native = mask.native() if isinstance(mask, LazyMask) else mask
+    return function(module, query, key, value, native, **options)
+
+
+def _original_function(module: nn.Module, implementation: str) -> Callable[..., Any]:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if implementation != "eager":
+        return ALL_ATTENTION_FUNCTIONS[implementation]
+    for cls in type(module).__mro__:
+        for member in vars(cls).values():
+            found = getattr(member, "__globals__", {}).get("eager_attention_forward")
+            if found is not None and "ALL_ATTENTION_FUNCTIONS" in getattr(member, "__globals__", {}):
+                return found
+    raise RuntimeError(f"no eager attention function was found for {type(module).__name__}; load the model with attn_implementation='sdpa'")
+
+
+@torch.compiler.disable(recursive=True)
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
+) -> tuple[Tensor, Any]:
+    """The function registered as ``interp``: to the session that holds the module, else to the original."""
+    handler = _handlers.get(id(module))
+    if handler is None:
+        return call_original(module, query, key, value, attention_mask, **options)
+    return handler(module, query, key, value, attention_mask, **options)
+
+
+def mask(**arguments: Any) -> Any:
+    """The mask function registered as ``interp``."""
+    given = arguments.get("attention_mask")
+    if isinstance(given, LazyMask):
+        return given
+    return LazyMask(entry_implementation(arguments.get("config")), arguments)
+
+
+def _register() -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, mask)
+
+
+def registered() -> bool:
+    """Is the name known to both interfaces? (:func:`interp.check` asks.)"""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    masks = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping  # pyright: ignore[reportPrivateUsage]
+    return ALL_ATTENTION_FUNCTIONS.get(NAME) is attention and masks.get(NAME) is mask

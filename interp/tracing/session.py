@@ -1,0 +1,410 @@
+"""The context manager that puts captures and interventions on a model: ``interp.hooked``.
+
+A session belongs to the model, not to a thread: attention modules point to the model's :class:`Installation`, which holds a
+stack of open sessions. It is made by the first session on a model and undone by the last.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from interp.attention import Edit, Gain, attend, combine, is_neutral
+from interp.models.anatomy import Anatomy, Site, anatomy
+from interp.models.model import unwrap
+from interp.tracing import dispatch
+from interp.tracing.call_arguments import site_call
+from interp.tracing.calls import Intervention, RunState, SiteCall
+from interp.tracing.capture import Capture, Selection
+from interp.tracing.recorder import Recorder
+from interp.tracing.runs import begin_run, finish_generate, generation_options
+from interp.tracing.trace import Trace
+
+
+class SessionError(RuntimeError):
+    """A session that cannot be opened, or a result that is not there."""
+
+
+_installations: dict[int, Installation] = {}
+_lock = threading.RLock()
+
+
+class Session:
+    """An open (or closed) ``interp.hooked``: traces of what ran, and a report of what it used.
+
+    Attributes:
+        traces: one :class:`~interp.tracing.trace.Trace` for each top-level forward or generate, in order of their ends.
+    """
+
+    def __init__(self, model: Any, capture: Capture | None, interventions: Sequence[Intervention], backend: str) -> None:
+        self.module = unwrap(model)
+        self.model = model
+        self.capture = capture or Capture()
+        self.interventions = tuple(interventions)
+        self.backend = backend
+        self.anatomy: Anatomy = anatomy(self.module)
+        self.anatomy.require_sites()
+        for intervention in self.interventions:
+            if not isinstance(intervention, Intervention):
+                raise TypeError(f"interventions must be Intervention objects, got {type(intervention).__name__}")
+            intervention.prepare(self.anatomy)
+        self.selection: Selection | None = None if self.capture.empty else self.capture.resolve(self.anatomy)
+        self.traces: list[Trace] = []
+        self.used: dict[str, dict[str, int]] = {}
+        self.runs: dict[int, tuple[RunState, Recorder | None]] = {}
+
+    @property
+    def tokenizer(self) -> Any:
+        return getattr(self.model, "tokenizer", None)
+
+    @property
+    def trace(self) -> Trace:
+        """The only trace.
+
+        Raises:
+            SessionError: nothing was traced, or more than once.
+        """
+        if len(self.traces) == 1:
+            return self.traces[0]
+        if not self.traces:
+            why = "nothing was captured: pass capture=Capture(...)" if self.selection is None else "the model has not run to the end yet"
+            raise SessionError(f"run.trace needs exactly one traced run, got none; {why}")
+        raise SessionError(f"run.trace needs exactly one traced run, got {len(self.traces)}: take one of run.traces")
+
+    def report(self) -> dict[str, dict[str, int]]:
+        """Attention calls by site and backend; a site that was never called has an empty entry."""
+        return {site.name: dict(self.used.get(site.name, {})) for site in self.anatomy.sites}
+
+    def count(self, site: Site, backend: str) -> None:
+        entry = self.used.setdefault(site.name, {})
+        entry[backend] = entry.get(backend, 0) + 1
+
+    def __enter__(self) -> Self:
+        with _lock:
+            installation = _installations.get(id(self.module))
+            me = threading.get_ident()
+            if installation is not None and installation.thread != me:
+                raise SessionError(
+                    f"a session on this {type(self.module).__name__} is already open in thread {installation.thread_name!r}; one "
+                    "thread at a time may open sessions on a model. interp.reset(model) clears one that was left open"
+                )
+            if installation is None:
+                installation = Installation(self.module, self.anatomy)
+                _installations[id(self.module)] = installation
+                try:
+                    installation.put()
+                except BaseException:
+                    installation.undo()
+                    del _installations[id(self.module)]
+                    raise
+            installation.sessions.append(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+        with _lock:
+            installation = _installations.get(id(self.module))
+            if installation is None or self not in installation.sessions:
+                return
+            installation.sessions.remove(self)
+            self.runs.clear()
+            if not installation.sessions:
+                installation.undo()
+                del _installations[id(self.module)]
+
+
+def hooked(
+    model: Any, *, capture: Capture | None = None, interventions: Sequence[Intervention] = (), backend: str = "auto"
+) -> Session:
+    """Trace and change the attention of ``model`` while the ``with`` block runs.
+
+    >>> with hooked(model, capture=Capture(row_stats=True)) as run:  # doctest: +SKIP
+    ...     model(inputs)
+    >>> run.trace["text"].entropy  # doctest: +SKIP
+
+    Args:
+        model: an :class:`interp.Model`, a ``PreTrainedModel``, or what wraps one (PEFT, pipeline, ``torch.compile``).
+        capture: what to keep; None keeps nothing.
+        interventions: policies, applied in order after those of enclosing sessions.
+        backend: of the attention op, for calls that are edited or read (see :func:`interp.attention.attend`).
+
+    Raises:
+        AnatomyError: the model has no attention that can be reached.
+        CaptureError: the capture names something the model does not have.
+        SessionError: another thread holds a session on this model (raised on entering the block).
+    """
+    if capture is not None and not isinstance(capture, Capture):
+        raise TypeError(f"capture must be a Capture, got {type(capture).__name__}")
+    return Session(model, capture, interventions, backend)
+
+
+def reset(model: Any) -> int:
+    """Close every session on ``model`` that was left open, from whatever thread; returns how many there were."""
+    module = unwrap(model)
+    with _lock:
+        installation = _installations.pop(id(module), None)
+        if installation is None:
+            return 0
+        count = len(installation.sessions)
+        installation.sessions.clear()
+        installation.undo()
+        return count
+
+
+class Installation:
+    """Everything that is changed on a model while sessions are open on it."""
+
+    def __init__(self, module: nn.Module, shape: Anatomy) -> None:
+        self.module = module
+        self.sessions: list[Session] = []
+        self.thread = threading.get_ident()
+        self.thread_name = threading.current_thread().name
+        self.sites: dict[int, Site] = {}
+        self.modules: list[nn.Module] = []
+        for site in shape.sites:
+            sub = module.get_submodule(site.name)
+            self.modules.append(sub)
+            self.sites[id(sub)] = site
+        self.configs = _configs(module, shape)
+        self.handles: list[Any] = []
+        self.chunks: dict[int, list[int]] = {}
+        self.active: dict[int, list[nn.Module]] = {}
+        self.generating: set[int] = set()
+        self._placed = False
+
+    def put(self) -> None:
+        from transformers import PreTrainedModel
+
+        dispatch.install(self.modules, self.configs, self.handle)
+        self._placed = True
+        for sub in self.module.modules():
+            if isinstance(sub, PreTrainedModel):
+                self.handles.append(sub.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
+                self.handles.append(sub.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
+        self.handles.extend(sub.register_forward_pre_hook(self._site_begins) for sub in self.modules)
+        if callable(getattr(self.module, "generate", None)):
+            self._wrap_generate()
+
+    def undo(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        if self._placed:
+            dispatch.remove(self.modules, self.configs)
+            self._placed = False
+        mine = vars(self.module).get("generate")
+        if getattr(mine, "_interp_previous", None) is not None:
+            previous = mine._interp_previous[0]
+            del self.module.generate
+            if previous is not None:
+                self.module.generate = previous
+
+    def _wrap_generate(self) -> None:
+        previous = vars(self.module).get("generate")
+        original: Any = self.module.generate
+
+        @functools.wraps(original)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            me = threading.get_ident()
+            if me in self.generating:
+                return original(*args, **kwargs)
+            args, kwargs, unpack = generation_options(self.module, args, kwargs)
+            self.generating.add(me)
+            self.active.pop(me, None)
+            try:
+                self._begin(args, kwargs, generating=True)
+                result = original(*args, **kwargs)
+                self._finish(result)
+                return unpack(result)
+            finally:
+                self.generating.discard(me)
+                self.active.pop(me, None)
+                self._drop()
+
+        generate._interp_previous = (previous,)  # type: ignore[attr-defined]
+        self.module.generate = generate  # type: ignore[assignment]
+
+    @torch.compiler.disable
+    def _enter(self, sub: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        me = threading.get_ident()
+        stack = self.active.setdefault(me, [])
+        if sub in stack:
+            # A forward that Ctrl-C ended left its entry; a model does not call itself.
+            del stack[stack.index(sub) :]
+            if not stack and me not in self.generating:
+                self._drop()
+        stack.append(sub)
+        if len(stack) > 1:
+            return
+        if kwargs.get("output_attentions") or getattr(getattr(sub, "config", None), "output_attentions", False):
+            warnings.warn(
+                "output_attentions=True inside interp.hooked gives no maps for sites that are edited; "
+                "use capture=interp.Capture(attention=True) and run.trace['text']['attention']",
+                stacklevel=2,
+            )
+        if me not in self.generating:
+            self._begin(args, kwargs, generating=False, sub=sub)
+        for session in self.sessions:
+            found = session.runs.get(me)
+            if found is not None:
+                begin_run(found[0], sub, args, kwargs)
+
+    @torch.compiler.disable
+    def _leave(self, sub: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        me = threading.get_ident()
+        stack = self.active.get(me, [])
+        if sub in stack:
+            del stack[stack.index(sub) :]
+        if stack or me in self.generating:
+            return
+        # torch calls this with None when the forward raised.
+        if result is not None:
+            self._finish(result)
+        self._drop()
+
+    @torch.compiler.disable
+    def _site_begins(self, sub: nn.Module, args: tuple[Any, ...]) -> None:
+        self.chunks[id(sub)] = [0, 0]
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, generating: bool, sub: nn.Module | None = None) -> None:
+        me = threading.get_ident()
+        for session in list(self.sessions):
+            run = RunState(sub or self.module, session.anatomy, {}, generating, session.tokenizer)
+            recorder = None
+            if session.selection is not None:
+                recorder = Recorder(session.capture, session.selection, run, session.tokenizer)
+            if generating:
+                begin_run(run, self.module, args, kwargs, forward=False)
+            session.runs[me] = (run, recorder)
+            for intervention in session.interventions:
+                intervention.start(run)
+
+    def _finish(self, result: Any) -> None:
+        me = threading.get_ident()
+        for session in self.sessions:
+            run, recorder = session.runs.get(me, (None, None))
+            if run is None or recorder is None:
+                continue
+            sequences = finish_generate(run, result) if run.generating else None
+            attrs = {"interventions": [i.describe() for s in self.sessions for i in s.interventions], "model": _identity(session)}
+            session.traces.append(recorder.trace(sequences, attrs))
+
+    def _drop(self) -> None:
+        for session in self.sessions:
+            session.runs.pop(threading.get_ident(), None)
+
+    def handle(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+    ) -> tuple[Tensor, Any]:
+        """One attention call of a site."""
+        me = threading.get_ident()
+        site = self.sites[id(module)]
+        live = [(s, *s.runs[me]) for s in self.sessions if me in s.runs]
+        if not any(s.interventions or recorder is not None for s, _, recorder in live):
+            for session, _, _ in live:
+                session.count(site, "untouched")
+            return dispatch.call_original(module, query, key, value, attention_mask, **options)
+        chunk = self.chunks.setdefault(id(module), [0, 0])
+        call = site_call(site, live[0][1], module, query, key, value, attention_mask, options, chunk)
+        chunk[0] += query.shape[2]
+        chunk[1] += key.shape[2]
+        edits: list[Edit | None] = []
+        for session, run, _ in live:
+            call.run = run
+            edits.extend(intervention.before(call) for intervention in session.interventions)
+        edit = combine(*edits)
+        if edit is not None and is_neutral(edit):
+            edit = None
+        if edit is not None and options.get("dropout"):
+            raise SessionError(f"editing attention needs dropout 0, got {options['dropout']} at {site.name}: call model.eval()")
+        readers = [(s, r) for s, _, r in live if r is not None and r.wants(call)]
+        z, second = self._output(module, call, edit, attention_mask, options, live)
+        for session, recorder in readers:
+            recorder.read(call, edit, session.backend)
+            session.count(site, "read")
+        for session, run, _ in live:
+            call.run = run
+            for intervention in session.interventions:
+                changed = intervention.after(call, z)
+                if changed is not None:
+                    if changed.shape != z.shape:
+                        raise SessionError(f"{type(intervention).__name__}.after must keep z's shape {tuple(z.shape)}, got {tuple(changed.shape)}")
+                    z, second = changed.to(z.dtype), None
+        for _, recorder in readers:
+            recorder.keep_z(call, z)
+        return z.contiguous(), second
+
+    def _output(
+        self, module: nn.Module, call: SiteCall, edit: Edit | None, mask: Any, options: dict[str, Any], live: list[Any]
+    ) -> tuple[Tensor, Any]:
+        gains = [] if edit is None else edit.of(Gain)
+        if edit is None or len(gains) == len(edit.operations):
+            # Gains act on z alone, so the model's own function makes it and other heads stay bit-equal.
+            z, second = dispatch.call_original(module, call.q, call.k, call.v, mask, **options)
+            for gain in gains:
+                z = _scaled(z, gain)
+            for session, _, _ in live:
+                session.count(call.site, "untouched" if edit is None else "gain")
+            return z, second if edit is None else None
+        names = {s.backend for s, _, _ in live}
+        backend = names.pop() if len(names) == 1 else "auto"
+        out = attend(
+            call.q, call.k, call.v, scale=call.scale, mask=call.mask, softcap=call.softcap, sinks=call.sinks, bias=call.bias,
+            edit=edit, backend=backend,
+        )  # fmt: skip
+        for session, _, _ in live:
+            session.count(call.site, "edited")
+        return out.output, None
+
+
+def _scaled(z: Tensor, gain: Gain) -> Tensor:
+    value = gain.value if isinstance(gain.value, Tensor) else torch.tensor(float(gain.value), device=z.device)
+    if value.ndim == 3:
+        value = value.transpose(1, 2).unsqueeze(-1)
+    scaled = (z * value.to(z.device)).to(z.dtype)
+    if gain.where is None:
+        return scaled
+    return torch.where(gain.where.to(z.device).transpose(1, 2).unsqueeze(-1), scaled, z)
+
+
+def _configs(module: nn.Module, shape: Anatomy) -> list[Any]:
+    """Configs that the sites and the models around them read; masks are built from the latter."""
+    from transformers import PreTrainedModel
+
+    found: dict[int, Any] = {}
+    for site in shape.sites:
+        walked: Any = module
+        for part in ["", *site.name.split(".")]:
+            walked = getattr(walked, part) if part else walked
+            config = getattr(walked, "config", None)
+            if config is not None and hasattr(config, "_attn_implementation_internal"):
+                if isinstance(walked, PreTrainedModel) or id(walked) == id(module.get_submodule(site.name)):
+                    found[id(config)] = config
+    return list(found.values())
+
+
+def _identity(session: Session) -> dict[str, Any]:
+    config: Any = session.module.config
+    name = getattr(session.model, "name", None) or getattr(config, "_name_or_path", "") or type(session.module).__name__
+    return {"name": str(name), "class": type(session.module).__name__, "revision": getattr(session.model, "revision", None)}
+
+
+@contextmanager
+def untouched(model: Any) -> Iterator[None]:
+    """Run the plain model inside a session: no captures, no interventions, for a baseline or a reference pass."""
+    installation = _installations.get(id(unwrap(model)))
+    held, sessions = (installation.sessions, []) if installation is not None else ([], [])
+    if installation is not None:
+        installation.sessions = sessions
+    try:
+        yield
+    finally:
+        if installation is not None:
+            installation.sessions = held
