@@ -1,0 +1,74 @@
+"""What every text probe hands out: token ids of one prompt, and how they were made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+class ProbeError(ValueError):
+    """A probe that cannot be built for a model, or settings that contradict each other."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt.
+
+    Attributes:
+        ids: token ids ``[position]``, special tokens included.
+        text: what was encoded; empty where the ids were drawn directly.
+    """
+
+    ids: tuple[int, ...]
+    text: str = ""
+
+    def inputs(self, device: Any = None) -> dict[str, Any]:
+        """``input_ids`` and ``attention_mask``, int64 ``[1, position]``."""
+        import torch
+
+        ids = torch.tensor([self.ids], dtype=torch.int64, device=device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def tokenizer_of(model_or_tokenizer: Any) -> Any:
+    """The tokenizer of an :class:`interp.Model`, or the tokenizer itself.
+
+    Raises:
+        ProbeError: there is none.
+    """
+    if hasattr(model_or_tokenizer, "convert_ids_to_tokens"):
+        return model_or_tokenizer
+    tokenizer = getattr(model_or_tokenizer, "tokenizer", None)
+    if tokenizer is None:
+        got = getattr(model_or_tokenizer, "name", None) or type(model_or_tokenizer).__name__
+        raise ProbeError(f"a text probe needs a tokenizer, and {got} has none; pass tokenizer= to interp.load")
+    return tokenizer
+
+
+def config_of(model_or_tokenizer: Any) -> Any:
+    """The transformers config of a model, None for a tokenizer."""
+    return getattr(model_or_tokenizer, "config", None)
+
+
+def encode(model_or_tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Ids of ``text`` with the special tokens that the tokenizer puts around a prompt."""
+    return tuple(int(i) for i in tokenizer_of(model_or_tokenizer)(text)["input_ids"])
+
+
+def special_ids(tokenizer: Any, config: Any) -> set[int]:
+    """Ids that mark structure, by the tokenizer and by every ``*_token_id`` of the config and its sub-configs."""
+    found = {int(i) for i in getattr(tokenizer, "all_special_ids", ())}
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    found |= {int(i) for i, token in added.items() if getattr(token, "special", False)}
+    if config is not None:
+        _config_ids(config.to_dict(), found)
+    return found
+
+
+def _config_ids(values: dict[str, Any], found: set[int]) -> None:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            _config_ids(value, found)
+        elif name.endswith(("_token_id", "_token_index")):
+            several = value if isinstance(value, list | tuple) else [value]
+            found |= {v for v in several if isinstance(v, int) and v >= 0}
