@@ -109,7 +109,9 @@ class Anatomy:
         for candidate in self.sites:
             if candidate.stack == self._known(stack) and candidate.layer == layer:
                 return candidate
-        raise KeyError(f"stack {stack!r} has no attention site in layer {layer}; it has {[s.layer for s in self.stacks[stack]]}")
+        raise KeyError(
+            f"stack {stack!r} has no attention site in layer {layer}; it has {[s.layer for s in self.stacks[stack]]}"
+        )
 
     def _known(self, stack: str) -> str:
         if stack not in self.n_layers:
@@ -139,7 +141,7 @@ def anatomy(model: Any, inputs: Mapping[str, Any] | None = None) -> Anatomy:
     Returns:
         Anatomy: also for a model without any reachable site (see :meth:`Anatomy.require_sites`).
     """
-    from interp.models.loading import unwrap
+    from interp.models.model import unwrap
 
     module = unwrap(model)
     found = [(name, sub) for name, sub in module.named_modules() if dispatches(type(sub))]
@@ -217,8 +219,12 @@ def _stack_names(keys: list[tuple[str, str]]) -> dict[tuple[str, str], str]:
     for kind, container in dict.fromkeys(keys):
         name = kind
         if name in names.values():
-            words = [part for part in container.split(".") if not part.isdigit() and part not in ("layers", "layer", "blocks", "block")]
-            name = f"{kind}_{words[-1] if words else len(names)}"
+            words = [
+                part
+                for part in container.split(".")
+                if not part.isdigit() and part not in ("layers", "layer", "blocks", "block")
+            ]
+            name = f"{kind}_{words[-1].split('_')[0] if words else len(names)}"
         while name in names.values():
             name += "_2"
         names[kind, container] = name
@@ -270,7 +276,11 @@ def _describe(name: str, sub: nn.Module, stack: str, layer: int) -> Site:
     n_kv = _first(sub, ("num_key_value_heads", "num_kv_heads"))
     if n_kv is None:
         n_kv = n_heads // groups if groups else n_heads
-    width = _first(sub, ("embed_dim", "hidden_size", "dim", "all_head_size", "inner_dim")) or _first(config, ("hidden_size", "d_model")) or 0
+    width = (
+        _first(sub, ("embed_dim", "hidden_size", "dim", "all_head_size", "inner_dim"))
+        or _first(config, ("hidden_size", "d_model"))
+        or 0
+    )
     head_dim = _first(sub, ("qk_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim", "head_size"))
     head_dim = head_dim or (width // n_heads if n_heads else 0)
     causal = bool(getattr(sub, "is_causal", False))
@@ -319,7 +329,11 @@ def _unreached(module: nn.Module, sites: list[Site]) -> tuple[str, ...]:
     missing: list[str] = []
     for name, sub in module.named_modules():
         looks = isinstance(sub, nn.MultiheadAttention) or re.search(r"Attention|SelfAttn", type(sub).__name__)
-        if not looks or re.search(r"Linear[A-Z]|Pool$", type(sub).__name__) and not isinstance(sub, nn.MultiheadAttention):
+        if (
+            not looks
+            or re.search(r"Linear[A-Z]|Pool$", type(sub).__name__)
+            and not isinstance(sub, nn.MultiheadAttention)
+        ):
             continue
         if any(s == name or s.startswith(f"{name}.") or name.startswith(f"{s}.") for s in names):
             continue

@@ -49,7 +49,13 @@ class StackArrays:
     """Arrays of one stack while they are filled; NaN (-1 for integers) is missing."""
 
     def __init__(
-        self, stack: str, layers: list[int], pieces: list[Piece], run: RunState, layout: Layout | None, sequences: Sequences | None
+        self,
+        stack: str,
+        layers: list[int],
+        pieces: list[Piece],
+        run: RunState,
+        layout: Layout | None,
+        sequences: Sequences | None,
     ) -> None:
         self.stack, self.layers, self.run, self.layout, self.sequences = stack, layers, run, layout, sequences
         self.decoder = stack in ("text", "cross")
@@ -131,7 +137,11 @@ class StackArrays:
             where = (targets, *rest) if all(isinstance(r, slice) for r in rest) else np.ix_(targets, *rest)
             if add:
                 before = view[where]
-                view[where] = np.where(np.isnan(before), 0.0, before) + picked[:, n] if array.dtype.kind == "f" else np.maximum(before, 0) + picked[:, n]
+                view[where] = (
+                    np.where(np.isnan(before), 0.0, before) + picked[:, n]
+                    if array.dtype.kind == "f"
+                    else np.maximum(before, 0) + picked[:, n]
+                )
             else:
                 view[where] = picked[:, n]
 
@@ -184,7 +194,9 @@ def _exact_rows(out: StackArrays, piece: Piece) -> None:
     if readings is None:
         return
     if readings.attention is not None:
-        _write_rows(out, piece, "attention", "query", out.positions, list(range(piece.start, piece.stop)), readings.attention)
+        _write_rows(
+            out, piece, "attention", "query", out.positions, list(range(piece.start, piece.stop)), readings.attention
+        )
     if readings.rows is not None:
         named = _named(out, "rows")
         out.coords["row"] = named
@@ -205,7 +217,9 @@ def _named(out: StackArrays, which: str) -> list[int]:
     return [q for q in found if out.limit is None or q < out.limit]
 
 
-def _write_rows(out: StackArrays, piece: Piece, name: str, dim: str, named: list[int], mine: list[int], tensor: Tensor) -> None:
+def _write_rows(
+    out: StackArrays, piece: Piece, name: str, dim: str, named: list[int], mine: list[int], tensor: Tensor
+) -> None:
     """Rows of p over all keys; keys the call did not have (to come, or fallen out of a sliding cache) got none: 0."""
     count = min(piece.key_start + piece.n_keys, out.n_keys) - piece.key_start
     kept = [n for n, q in enumerate(mine) if q in named]
@@ -271,7 +285,9 @@ def _offsets(out: StackArrays, piece: Piece) -> None:
     own = numbers[tuple(slice(a - low, b - low + 1) for a, b, low in zip(bins.lo, bins.hi, lo, strict=True))].ravel()
     total = numbers.size
     if "offset" not in out.variables:
-        grid = np.stack(np.meshgrid(*[np.arange(a, b + 1) for a, b in zip(lo, hi, strict=True)], indexing="ij"), -1).reshape(total, -1)
+        grid = np.stack(
+            np.meshgrid(*[np.arange(a, b + 1) for a, b in zip(lo, hi, strict=True)], indexing="ij"), -1
+        ).reshape(total, -1)
         names = ("offset_position",) if len(lo) == 1 else ("offset_row", "offset_column")
         for d, name in enumerate(names):
             out.coords[name] = ("offset", np.append(grid[:, d].astype(float), np.nan))
@@ -291,15 +307,24 @@ def _coordinates(out: StackArrays, tokenizer: Any, capture: Capture) -> dict[str
         names = list(KINDS) if named else list(capture.group_names or map(str, range(size)))
         coords["group"] = names[:size]
     if "query_group" in used:
-        coords["query_group"] = ["prefill", "generated"][: next(a.shape[3] for d, a in out.variables.values() if "query_group" in d)]
+        coords["query_group"] = ["prefill", "generated"][
+            : next(a.shape[3] for d, a in out.variables.values() if "query_group" in d)
+        ]
     generated = {q for p in out.pieces if p.generated for q in range(p.start, p.stop)}
     key_layout, query_layout, ids = _sequences(out)
     if "query" in used:
         coords["query"] = np.array(out.positions, dtype=np.int64)
-        coords["phase"] = ("query", np.array(["generated" if q in generated else "prefill" for q in out.positions], dtype="<U9"))
+        coords["phase"] = (
+            "query",
+            np.array(["generated" if q in generated else "prefill" for q in out.positions], dtype="<U9"),
+        )
         if ids is not None:
-            fed = np.array([[row[q] if q < len(row) else -1 for q in out.positions] for row in ids]).reshape(len(ids), -1)
-            made = np.array([[row[q + 1] if q + 1 < len(row) and _produced(out, q) else -1 for q in out.positions] for row in ids]).reshape(len(ids), -1)
+            fed = np.array([[row[q] if q < len(row) else -1 for q in out.positions] for row in ids]).reshape(
+                len(ids), -1
+            )
+            made = np.array(
+                [[row[q + 1] if q + 1 < len(row) and _produced(out, q) else -1 for q in out.positions] for row in ids]
+            ).reshape(len(ids), -1)
             for name, values in (("token_fed", fed), ("token_produced", made)):
                 text = strings(np.maximum(values, 0), tokenizer)
                 coords[name] = (("sample", "query"), np.where(values < 0, "", text).astype(str))
@@ -307,7 +332,10 @@ def _coordinates(out: StackArrays, tokenizer: Any, capture: Capture) -> dict[str
         if query_layout is not None:
             pads = (query_layout.kind < 0).sum(1)
             pads = np.resize(np.repeat(pads, max(1, out.n_samples // len(pads))), out.n_samples)
-            coords["position_in_sample"] = (("sample", "query"), np.maximum(np.array(out.positions)[None] - pads[:, None], -1))
+            coords["position_in_sample"] = (
+                ("sample", "query"),
+                np.maximum(np.array(out.positions)[None] - pads[:, None], -1),
+            )
     if "key" in used:
         coords["key"] = np.arange(out.n_keys)
         if key_layout is not None:

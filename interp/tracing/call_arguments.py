@@ -39,7 +39,9 @@ def site_call(
         mask = replace(mask, cross=True, causal=False, window=None, q_offset=start) if site.cross else mask
     elif isinstance(given, Tensor):
         if given.ndim != 4:
-            raise ValueError(f"attention mask at {site.name} must be [batch, head, query, key], got shape {tuple(given.shape)}")
+            raise ValueError(
+                f"attention mask at {site.name} must be [batch, head, query, key], got shape {tuple(given.shape)}"
+            )
         visible, extra = _dense(given[..., :n_keys].to(query.device), n_queries)
         bias = extra if bias is None or extra is None else bias + extra
         mask = Mask(dense=visible, q_offset=start, kv_offset=0 if decoder else chunk[1], cross=site.cross)

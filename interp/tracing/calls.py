@@ -112,5 +112,7 @@ class Intervention:
 
     def describe(self) -> dict[str, Any]:
         """Name and settings, JSON-able, for the trace's attributes."""
-        settings = {k: v if isinstance(v, str | int | float | bool | type(None)) else str(v) for k, v in vars(self).items()}
+        settings = {
+            k: v if isinstance(v, str | int | float | bool | type(None)) else str(v) for k, v in vars(self).items()
+        }
         return {"name": type(self).__name__, **settings}

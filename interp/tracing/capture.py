@@ -93,7 +93,9 @@ class Capture:
             codes = torch.as_tensor(self.groups)
             low, high = (int(codes.min()), int(codes.max())) if codes.numel() else (0, 0)
             if codes.ndim not in (1, 2) or low < 0:
-                raise CaptureError(f"groups must be codes >= 0 of shape [position] or [sample, position], got shape {tuple(codes.shape)}, min {low}")
+                raise CaptureError(
+                    f"groups must be codes >= 0 of shape [position] or [sample, position], got shape {tuple(codes.shape)}, min {low}"
+                )
             if high > 7:
                 raise CaptureError(f"groups must name at most 8 key groups (codes 0..7), got code {high}")
 

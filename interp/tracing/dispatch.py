@@ -61,7 +61,9 @@ def entry_implementation(config: Any) -> str:
     return "eager" if found in (None, NAME) else found
 
 
-def call_original(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> tuple[Tensor, Any]:
+def call_original(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+) -> tuple[Tensor, Any]:
     """The call as the plain model would have made it: its own function, its own mask."""
     implementation = entry_implementation(getattr(module, "config", None))
     function = _original_function(module, implementation)
@@ -79,7 +81,9 @@ def _original_function(module: nn.Module, implementation: str) -> Callable[..., 
             found = getattr(member, "__globals__", {}).get("eager_attention_forward")
             if found is not None and "ALL_ATTENTION_FUNCTIONS" in getattr(member, "__globals__", {}):
                 return found
-    raise RuntimeError(f"no eager attention function was found for {type(module).__name__}; load the model with attn_implementation='sdpa'")
+    raise RuntimeError(
+        f"no eager attention function was found for {type(module).__name__}; load the model with attn_implementation='sdpa'"
+    )
 
 
 @torch.compiler.disable(recursive=True)

@@ -111,7 +111,25 @@ def _operator(name: str) -> Callable[..., Any]:
     return apply
 
 
-for _name in ("add", "sub", "mul", "and", "or", "xor", "invert", "neg", "eq", "ne", "lt", "le", "gt", "ge", "radd", "rmul", "rsub"):
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "and",
+    "or",
+    "xor",
+    "invert",
+    "neg",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "radd",
+    "rmul",
+    "rsub",
+):
     setattr(LazyMask, f"__{_name}__", _operator(f"__{_name}__"))
 
 

@@ -39,12 +39,22 @@ class Recorder:
         return self._select(self.capture.queries, call)
 
     def _select(self, rows: Any, call: SiteCall) -> list[tuple[int, int]]:
-        prompt = self.run.prompt_length or 0
-        found = select_rows(rows, call.mask.q_offset, call.q.shape[2], call.generated, prompt)
-        if not call.generated:
-            return found
-        # Drafts of assisted decoding may be rejected later, so their rows are kept apart.
-        return [(row, row + 1) for first, last in found for row in range(first, last)]
+        prompt, first, count = self.run.prompt_length or 0, call.mask.q_offset, call.q.shape[2]
+        # The first forward of prompt-lookup decoding feeds the prompt and drafts at once.
+        own = count if not self._has_drafts(call) else prompt - first
+        runs = [] if call.generated else select_rows(rows, first, own, False, prompt)
+        after = 0 if call.generated else own
+        late = select_rows(rows, first + after, count - after, True, prompt) if after < count else []
+        # Drafts may be rejected later, so their rows are kept apart.
+        return runs + [(after + row, after + row + 1) for start, stop in late for row in range(start, stop)]
+
+    def _has_drafts(self, call: SiteCall) -> bool:
+        prompt, first = self.run.prompt_length, call.mask.q_offset
+        decoder = call.site.stack == "text" or call.site.cross
+        return self.run.generating and decoder and prompt is not None and first < prompt < first + call.q.shape[2]
+
+    def _is_generated(self, call: SiteCall, row: int) -> bool:
+        return call.generated or (self._has_drafts(call) and call.mask.q_offset + row >= (self.run.prompt_length or 0))
 
     def read(self, call: SiteCall, edit: Edit | None, backend: str) -> None:
         """Take the readings of one call; raises before anything large is made where they would not fit."""
@@ -74,7 +84,7 @@ class Recorder:
             piece = Piece(
                 layer=call.site.layer, heads=heads, n_heads=n_heads, sample=sample, batch=batch,
                 start=call.mask.q_offset + start, stop=call.mask.q_offset + stop, key_start=call.mask.kv_offset, n_keys=n_keys,
-                generated=call.generated, readings=readings, rows=row_places, output_rows=output_places,
+                generated=self._is_generated(call, start), readings=readings, rows=row_places, output_rows=output_places,
                 offsets=readout.offset, pooled=readout.pooled, z=None, forward=self.run.forwards,
             )  # fmt: skip
             self.pieces.setdefault(call.site.stack, []).append(piece)
@@ -105,14 +115,22 @@ class Recorder:
             return seen
         return seen - call.q.shape[0]
 
-    def _readout(self, call: SiteCall, heads: list[int], start: int, stop: int, sample: int) -> tuple[Readout, list[int], list[int]]:
+    def _readout(
+        self, call: SiteCall, heads: list[int], start: int, stop: int, sample: int
+    ) -> tuple[Readout, list[int], list[int]]:
         capture, device = self.capture, call.q.device
         decoder = call.site.stack == "text" or call.site.cross
         groups, n_groups = self.key_groups(call, sample)
         chunked = not decoder and (call.mask.q_offset > 0 or self._longer(call))
         rows = _within(self._select(capture.rows, call) if capture.rows is not None else [], start, stop)
-        output_rows = _within(self._select(capture.group_output, call) if capture.group_output is not None else [], start, stop)
-        pool_now = bool(capture.pooled) and not call.generated and (chunked or call.mask.q_offset + start == 0)
+        output_rows = _within(
+            self._select(capture.group_output, call) if capture.group_output is not None else [], start, stop
+        )
+        pool_now = (
+            bool(capture.pooled)
+            and not self._is_generated(call, start)
+            and (chunked or call.mask.q_offset + start == 0)
+        )
         readout = Readout(
             heads=None if len(heads) == call.site.n_heads else torch.tensor(heads, device=device),
             groups=groups,
@@ -139,12 +157,18 @@ class Recorder:
     def layout_of(self, stack: str) -> Layout | None:
         return self.run.layouts.get(stack)
 
-    def _codes(self, stack: str, values: np.ndarray[Any, Any], sample: int, batch: int, first: int, count: int, tail: int) -> np.ndarray[Any, Any]:
+    def _codes(
+        self, stack: str, values: np.ndarray[Any, Any], sample: int, batch: int, first: int, count: int, tail: int
+    ) -> np.ndarray[Any, Any]:
         """Values of positions ``first .. first + count`` for a call's batch, ``tail`` beyond the known ones."""
         known = values[sample : sample + batch] if len(values) >= sample + batch else values
         if len(known) != batch:
             # Beams and returned sequences repeat each prompt.
-            known = np.repeat(known, batch // len(known), 0) if len(known) and batch % len(known) == 0 else np.repeat(known[:1], batch, 0)
+            known = (
+                np.repeat(known, batch // len(known), 0)
+                if len(known) and batch % len(known) == 0
+                else np.repeat(known[:1], batch, 0)
+            )
         out = np.full((batch, count, *known.shape[2:]), tail, known.dtype)
         part = known[:, first : first + count]
         out[:, : part.shape[1]] = part
@@ -168,11 +192,13 @@ class Recorder:
     def _query_groups(self, call: SiteCall, start: int, stop: int, sample: int) -> Tensor:
         batch, count = call.q.shape[0], stop - start
         first = call.mask.q_offset + start
-        group = 1 if call.generated else 0
+        group = 1 if self._is_generated(call, start) else 0
         lay = self.layout_of("text" if call.site.cross else call.site.stack)
         pads = None
         if lay is not None:
-            pads = torch.from_numpy(self._codes("", lay.kind, 0 if call.site.cross else sample, batch, first, count, 0) < 0)
+            pads = torch.from_numpy(
+                self._codes("", lay.kind, 0 if call.site.cross else sample, batch, first, count, 0) < 0
+            )
         elif call.mask.padding is not None and not call.site.cross:
             slots = torch.arange(first, first + count, device=call.q.device) - call.mask.kv_offset
             pads = ~call.mask.padding[:, slots].expand(batch, -1)
@@ -195,14 +221,20 @@ class Recorder:
             q = np.arange(call.mask.q_offset + start, call.mask.q_offset + stop)[None, :, None]
             k = np.arange(call.mask.kv_offset, call.mask.kv_offset + n_keys)[None, :, None]
             if lay is not None:
-                special = self._codes("", lay.kind, sample, batch, call.mask.kv_offset, n_keys, 3) == KINDS.index("special")
+                special = self._codes("", lay.kind, sample, batch, call.mask.kv_offset, n_keys, 3) == KINDS.index(
+                    "special"
+                )
                 k = np.where(special[..., None], -1, k)
-                own = self._codes("", lay.kind, sample, batch, call.mask.q_offset + start, stop - start, 3) == KINDS.index("special")
+                own = self._codes(
+                    "", lay.kind, sample, batch, call.mask.q_offset + start, stop - start, 3
+                ) == KINDS.index("special")
                 q = np.where(own[..., None], -1, q)
             lowest = 0 if call.mask.causal or call.generated else -(call.mask.kv_offset + n_keys - 1)
             lo, hi = (lowest,), (call.mask.q_offset + stop - 1 - call.mask.kv_offset,)
         device = call.q.device
-        return OffsetBins(torch.from_numpy(q.astype(np.int32)).to(device), torch.from_numpy(k.astype(np.int32)).to(device), lo, hi)
+        return OffsetBins(
+            torch.from_numpy(q.astype(np.int32)).to(device), torch.from_numpy(k.astype(np.int32)).to(device), lo, hi
+        )
 
     def trace(self, sequences: Sequences | None, attrs: dict[str, Any]) -> Trace:
         """Everything recorded, with its coordinates."""
@@ -211,10 +243,22 @@ class Recorder:
             layers = self.selection.layers[stack]
             lay = self.layout_of(stack)
             stacks[stack] = assemble_stack(
-                stack, layers, pieces, run=self.run, layout=lay, sequences=sequences, tokenizer=self.tokenizer, capture=self.capture
+                stack,
+                layers,
+                pieces,
+                run=self.run,
+                layout=lay,
+                sequences=sequences,
+                tokenizer=self.tokenizer,
+                capture=self.capture,
             )
         versions = {"python": platform.python_version(), "torch": torch.__version__, **_versions()}
-        attrs = {**attrs, "capture": self.capture.describe(), "versions": versions, "torch_seed": torch.initial_seed() % 2**63}
+        attrs = {
+            **attrs,
+            "capture": self.capture.describe(),
+            "versions": versions,
+            "torch_seed": torch.initial_seed() % 2**63,
+        }
         if self.run.layout_problem:
             attrs["layout_problem"] = self.run.layout_problem
         self.pieces = {}
@@ -236,5 +280,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return out
-
-

@@ -15,7 +15,9 @@ from interp.models.layout import layout
 from interp.tracing.calls import RunState
 
 
-def begin_run(run: RunState, sub: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, forward: bool = True) -> None:
+def begin_run(
+    run: RunState, sub: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, forward: bool = True
+) -> None:
     """Note the inputs of the run (at its first call) and how many positions the cache holds before this forward."""
     inputs = _bound(sub.forward if forward else None, args, kwargs)
     if not run.inputs:
@@ -61,7 +63,9 @@ def _cached(cache: Any) -> int:
 
 def _new_positions(run: RunState, inputs: dict[str, Any]) -> int:
     encoder_decoder = bool(getattr(getattr(run.module, "config", None), "is_encoder_decoder", False))
-    names = ("decoder_input_ids", "decoder_inputs_embeds") if encoder_decoder else ("input_ids", "inputs_embeds", "inputs")
+    names = (
+        ("decoder_input_ids", "decoder_inputs_embeds") if encoder_decoder else ("input_ids", "inputs_embeds", "inputs")
+    )
     for name in names:
         value = inputs.get(name)
         if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1]:
@@ -69,7 +73,9 @@ def _new_positions(run: RunState, inputs: dict[str, Any]) -> int:
     return 1 if encoder_decoder else 0
 
 
-def generation_options(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Callable[[Any], Any]]:
+def generation_options(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], Callable[[Any], Any]]:
     """Ask generate for what a trace needs (beam indices) and give back a function that returns what the user asked for."""
     config = kwargs.get("generation_config") or getattr(module, "generation_config", None)
     beams = kwargs.get("num_beams", getattr(config, "num_beams", 1)) or 1
@@ -100,7 +106,12 @@ def finish_generate(run: RunState, result: Any) -> Sequences | None:
     ids = sequences.detach().cpu().numpy().astype(np.int64)
     prompt = run.prompt_length or 0
     given = run.inputs.get("input_ids")
-    if isinstance(given, Tensor) and given.shape[1] and ids.shape[1] and not getattr(run.module.config, "is_encoder_decoder", False):
+    if (
+        isinstance(given, Tensor)
+        and given.shape[1]
+        and ids.shape[1]
+        and not getattr(run.module.config, "is_encoder_decoder", False)
+    ):
         shown = given.detach().cpu().numpy()
         if ids.shape[1] < shown.shape[1] or (ids[0, : shown.shape[1]] != shown[0]).any():
             # Some models return the new tokens alone.
@@ -121,4 +132,9 @@ def _stop_ids(run: RunState) -> list[int]:
     stop = run.inputs.get("eos_token_id", getattr(given, "eos_token_id", None))
     if stop is None:
         return []
-    return [int(s) for s in (stop.tolist() if isinstance(stop, torch.Tensor) else stop if isinstance(stop, list | tuple) else [stop])]
+    return [
+        int(s)
+        for s in (
+            stop.tolist() if isinstance(stop, torch.Tensor) else stop if isinstance(stop, list | tuple) else [stop]
+        )
+    ]

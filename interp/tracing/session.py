@@ -44,7 +44,9 @@ class Session:
         traces: one :class:`~interp.tracing.trace.Trace` for each top-level forward or generate, in order of their ends.
     """
 
-    def __init__(self, model: Any, capture: Capture | None, interventions: Sequence[Intervention], backend: str) -> None:
+    def __init__(
+        self, model: Any, capture: Capture | None, interventions: Sequence[Intervention], backend: str
+    ) -> None:
         self.module = unwrap(model)
         self.model = model
         self.capture = capture or Capture()
@@ -75,7 +77,11 @@ class Session:
         if len(self.traces) == 1:
             return self.traces[0]
         if not self.traces:
-            why = "nothing was captured: pass capture=Capture(...)" if self.selection is None else "the model has not run to the end yet"
+            why = (
+                "nothing was captured: pass capture=Capture(...)"
+                if self.selection is None
+                else "the model has not run to the end yet"
+            )
             raise SessionError(f"run.trace needs exactly one traced run, got none; {why}")
         raise SessionError(f"run.trace needs exactly one traced run, got {len(self.traces)}: take one of run.traces")
 
@@ -108,7 +114,9 @@ class Session:
             installation.sessions.append(self)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
         with _lock:
             installation = _installations.get(id(self.module))
             if installation is None or self not in installation.sessions:
@@ -273,7 +281,9 @@ class Installation:
     def _site_begins(self, sub: nn.Module, args: tuple[Any, ...]) -> None:
         self.chunks[id(sub)] = [0, 0]
 
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, generating: bool, sub: nn.Module | None = None) -> None:
+    def _begin(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, generating: bool, sub: nn.Module | None = None
+    ) -> None:
         me = threading.get_ident()
         for session in list(self.sessions):
             run = RunState(sub or self.module, session.anatomy, {}, generating, session.tokenizer)
@@ -293,7 +303,10 @@ class Installation:
             if run is None or recorder is None:
                 continue
             sequences = finish_generate(run, result) if run.generating else None
-            attrs = {"interventions": [i.describe() for s in self.sessions for i in s.interventions], "model": _identity(session)}
+            attrs = {
+                "interventions": [i.describe() for s in self.sessions for i in s.interventions],
+                "model": _identity(session),
+            }
             session.traces.append(recorder.trace(sequences, attrs))
 
     def _drop(self) -> None:
@@ -323,7 +336,9 @@ class Installation:
         if edit is not None and is_neutral(edit):
             edit = None
         if edit is not None and options.get("dropout"):
-            raise SessionError(f"editing attention needs dropout 0, got {options['dropout']} at {site.name}: call model.eval()")
+            raise SessionError(
+                f"editing attention needs dropout 0, got {options['dropout']} at {site.name}: call model.eval()"
+            )
         readers = [(s, r) for s, _, r in live if r is not None and r.wants(call)]
         z, second = self._output(module, call, edit, attention_mask, options, live)
         for session, recorder in readers:
@@ -335,7 +350,9 @@ class Installation:
                 changed = intervention.after(call, z)
                 if changed is not None:
                     if changed.shape != z.shape:
-                        raise SessionError(f"{type(intervention).__name__}.after must keep z's shape {tuple(z.shape)}, got {tuple(changed.shape)}")
+                        raise SessionError(
+                            f"{type(intervention).__name__}.after must keep z's shape {tuple(z.shape)}, got {tuple(changed.shape)}"
+                        )
                     z, second = changed.to(z.dtype), None
         for _, recorder in readers:
             recorder.keep_z(call, z)
@@ -393,7 +410,11 @@ def _configs(module: nn.Module, shape: Anatomy) -> list[Any]:
 def _identity(session: Session) -> dict[str, Any]:
     config: Any = session.module.config
     name = getattr(session.model, "name", None) or getattr(config, "_name_or_path", "") or type(session.module).__name__
-    return {"name": str(name), "class": type(session.module).__name__, "revision": getattr(session.model, "revision", None)}
+    return {
+        "name": str(name),
+        "class": type(session.module).__name__,
+        "revision": getattr(session.model, "revision", None),
+    }
 
 
 @contextmanager

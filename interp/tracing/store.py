@@ -229,11 +229,11 @@ def _swapped_in(final: Path) -> Generator[Path]:
     try:
         yield partial
         if final.exists():
-            os.rename(final, aside)
-        os.rename(partial, final)
+            final.rename(aside)
+        partial.rename(final)
     except BaseException:
         if aside.exists() and not final.exists():
-            os.rename(aside, final)
+            aside.rename(final)
         shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:

@@ -35,6 +35,9 @@ class _FolderStore(Store):
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and isinstance(other, _FolderStore) and self.root == other.root
 
+    def __hash__(self) -> int:
+        return hash((type(self), self.root))
+
     def __str__(self) -> str:
         return self.root.as_uri()
 
