@@ -13,13 +13,10 @@ from interp.testing.specimen import Draw, Specimen, family, stack
 N_ENCODER, N_DECODER = 3, 2
 
 
-def _texts(draw: Draw) -> dict[str, dict[str, Any]]:
-    """Encoder inputs with the decoder's, of different length; the batch pads both on the right."""
+def _texts(draw: Draw) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Encoder inputs with the decoder's, of different length; and a batch padded on the right in the encoder."""
     inputs, batch = draw.text(24), draw.padded_text(24, side="right")
-    return {
-        "inputs": {**inputs, "decoder_input_ids": draw.ids(1, 20)},
-        "batch": {**batch, "decoder_input_ids": draw.ids(2, 20)},
-    }
+    return {**inputs, "decoder_input_ids": draw.ids(1, 20)}, {**batch, "decoder_input_ids": draw.ids(2, 20)}
 
 
 @family("bart", "BartForConditionalGeneration")
@@ -42,16 +39,18 @@ def bart(draw: Draw) -> Specimen:
         decoder_start_token_id=2,
         forced_eos_token_id=None,
     )
+    inputs, batch = _texts(draw)
     return Specimen(
         name="",
         module=BartForConditionalGeneration(config),
+        inputs=inputs,
+        batch=batch,
         stacks={
             "encoder": stack("model.encoder.layers.{}.self_attn", N_ENCODER, 4, ("", "encoder_attentions")),
             "text": stack("model.decoder.layers.{}.self_attn", N_DECODER, 6, ("", "decoder_attentions")),
             "cross": stack("model.decoder.layers.{}.encoder_attn", N_DECODER, 6, ("", "cross_attentions")),
         },
         generates=True,
-        **_texts(draw),
     )
 
 
@@ -59,6 +58,7 @@ def bart(draw: Draw) -> Specimen:
 def t5(draw: Draw) -> Specimen:
     from transformers import T5Config, T5ForConditionalGeneration
 
+    settings: dict[str, Any] = {"decoder_start_token_id": 0}
     config = T5Config(
         vocab_size=96,
         d_model=48,
@@ -71,11 +71,14 @@ def t5(draw: Draw) -> Specimen:
         relative_attention_max_distance=16,
         pad_token_id=0,
         eos_token_id=2,
-        decoder_start_token_id=0,
+        **settings,
     )
+    inputs, batch = _texts(draw)
     return Specimen(
         name="",
         module=T5ForConditionalGeneration(config),
+        inputs=inputs,
+        batch=batch,
         stacks={
             "encoder": stack("encoder.block.{}.layer.0.SelfAttention", N_ENCODER, 4, ("", "encoder_attentions")),
             "text": stack("decoder.block.{}.layer.0.SelfAttention", N_DECODER, 4, ("", "decoder_attentions")),
@@ -83,7 +86,6 @@ def t5(draw: Draw) -> Specimen:
         },
         generates=True,
         notes="Scores are not scaled by 1/sqrt(dim); the position bias of layer 0 serves every layer.",
-        **_texts(draw),
     )
 
 

@@ -140,8 +140,8 @@ def paligemma(draw: Draw) -> Specimen:
         batch=with_types(two_prompts(draw, 16), 2),
         generates=True,
         notes=(
-            "The prompt attends both ways (token_type_ids 0). Without token_type_ids sdpa attends both ways and eager "
-            "causally (5.23): the modules say is_causal = False and sdpa gets no mask."
+            "The mask handed on must have .ndim (a tensor). The prompt attends both ways (token_type_ids 0); without "
+            "token_type_ids sdpa attends both ways and eager causally (5.23): the modules say is_causal = False."
         ),
     )
 

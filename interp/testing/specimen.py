@@ -159,15 +159,14 @@ def _by_layer(s: Stack, maps: Sequence[Tensor | None], what: str) -> list[Tensor
 def configs(module: nn.Module) -> Iterator[Any]:
     """Every config object any submodule holds, sub-configs included, each once."""
     seen: set[int] = set()
-    todo = [m.config for m in module.modules() if hasattr(getattr(m, "config", None), "_attn_implementation_internal")]
+    todo: list[Any] = [getattr(m, "config", None) for m in module.modules()]
     while todo:
         config = todo.pop()
-        if id(config) in seen:
+        if id(config) in seen or not hasattr(config, "_attn_implementation_internal"):
             continue
         seen.add(id(config))
         yield config
-        subs = (getattr(config, key, None) for key in getattr(config, "sub_configs", {}))
-        todo.extend(sub for sub in subs if hasattr(sub, "_attn_implementation_internal"))
+        todo.extend(getattr(config, key, None) for key in getattr(config, "sub_configs", {}))
 
 
 @dataclass(frozen=True)
@@ -274,7 +273,8 @@ def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Sp
         specimen = entry.builder(Draw(torch.Generator().manual_seed(seed)))
     specimen.name = name
     randomise(specimen.module, seed=seed, gain=entry.gain)
-    specimen.module.eval().to(dtype)
+    specimen.module.eval()
+    nn.Module.to(specimen.module, dtype)
     if specimen.generates:
         # Without an end token every generation has the length that was asked for.
         specimen.module.generation_config.eos_token_id = None

@@ -33,7 +33,7 @@ def randomise(module: nn.Module, *, seed: int, gain: float) -> None:
                 done.add(id(parameter))
                 if isinstance(part, nn.Embedding):
                     normal(parameter, 1.0)
-                elif isinstance(part, (nn.Conv1d,)) or name in ("A_log", "dt_bias", "D"):
+                elif isinstance(part, nn.Conv1d) or name in ("A_log", "dt_bias", "D"):
                     continue
                 elif name.endswith("bias"):
                     normal(parameter, 0.1)
@@ -45,6 +45,6 @@ def randomise(module: nn.Module, *, seed: int, gain: float) -> None:
                 else:
                     transposed = type(part).__name__ == "Conv1D"
                     fan_in = parameter.shape[0] if transposed else parameter[0].numel()
-                    if parameter.ndim == 3 and not isinstance(part, nn.modules.conv._ConvNd):
+                    if parameter.ndim == 3:  # the fused experts of a mixture: [expert, in, out]
                         fan_in = parameter.shape[1]
                     normal(parameter, (gain if _QUERY_KEY.search(path) else 1.0) * fan_in**-0.5)
