@@ -172,7 +172,7 @@ def layout(module: Any, inputs: Mapping[str, Any], tokenizer: Any = None, genera
     Raises:
         LayoutError: an input is missing or contradicts the others.
     """
-    from interp.models.loading import unwrap
+    from interp.models import unwrap
 
     module = unwrap(module)
     config = module.config

@@ -46,7 +46,7 @@ def vision_cells(
     if any(inputs.get(name) is not None for name in ("image_grid_thw", "video_grid_thw")):
         sequences, notes = _packed(config, tower, inputs, units)
     elif getattr(tower, "model_type", "") == "pixtral":
-        sequences = _pixtral(config, tower, inputs, units)
+        sequences = _pixtral(tower, inputs, units)
     elif config.model_type == "mllama":
         sequences = _mllama(config, inputs, multiple=8)
     elif inputs.get("spatial_shapes") is not None:
@@ -116,7 +116,7 @@ def _pictures(
 ) -> tuple[list[Cells], str] | None:
     """Towers that attend within one picture, so that an image, a tile or a frame is a sample."""
     patch, family, kind = pair(tower.patch_size), config.model_type, str(tower.model_type)
-    pixels = inputs.get("pixel_values")
+    pixels: Any = inputs.get("pixel_values")
     visible: NDArray[np.bool_] | None = None
     if family in ("llava_next", "llava_onevision"):
         pixels = inputs["pixel_values_videos"] if pixels is None else pixels
@@ -210,9 +210,10 @@ def _windows(part: Cells, merge: int, side: int) -> NDArray[np.intp]:
     return np.lexsort((np.arange(len(part)), column, row, part["tile"]))
 
 
-def _pixtral(config: Any, tower: Any, inputs: Mapping[str, Any], units: Sequence[Unit] | None) -> list[Cells]:
+def _pixtral(tower: Any, inputs: Mapping[str, Any], units: Sequence[Unit] | None) -> list[Cells]:
     """All images in one sequence, row by row."""
-    sizes = array(require(inputs, "image_sizes", config)).tolist()
+    pixels, given = inputs["pixel_values"], inputs.get("image_sizes")
+    sizes = [tuple(pixels.shape[-2:])] * len(pixels) if given is None else array(given).tolist()
     patch = pair(tower.patch_size)
     images = _images(units, len(sizes))
     grids = [patch_grid(h // patch[0], w // patch[1]) for h, w in sizes]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,8 +21,11 @@ SPECIAL, TEXT, IMAGE, GENERATED, AUDIO = range(5)
 class Words:
     """A tokenizer of a few words, one of which is part of a character."""
 
-    all_special_ids = [1, 2]
-    added_tokens_decoder = {7: SimpleNamespace(special=True), 8: SimpleNamespace(special=False)}
+    all_special_ids = (1, 2)
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, SimpleNamespace]:
+        return {7: SimpleNamespace(special=True), 8: SimpleNamespace(special=False)}
 
     def convert_ids_to_tokens(self, token: int) -> str | None:
         return {20: "▁the", 21: "Ġcat", 22: "<0xE2>"}.get(token, f"w{token}")
@@ -57,6 +61,19 @@ def test_special_and_readable_tokens_come_from_the_tokenizer() -> None:
     found = llama([[1, 7, 8, 20, 21, 22]], tokenizer=Words())
     assert found.kind.tolist() == [[SPECIAL, SPECIAL, TEXT, TEXT, TEXT, TEXT]]
     assert found.tokens[0].tolist() == ["w1", "w7", "w8", " the", " cat", "<0xE2>"]
+
+
+@pytest.mark.real("stories260k")
+def test_readable_tokens_of_a_real_tokenizer(shared: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = shared / "models" / "stories260k"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer("Once upon a time, Lily's café", return_tensors="pt")
+    found = layout(AutoModelForCausalLM.from_pretrained(folder), inputs, tokenizer)["text"]
+    assert found.tokens[0, :5].tolist() == ["<s>", " Once", " upon", " a", " time"]
+    assert "".join(found.tokens[0, 1:]) == " Once upon a time, Lily's café"
+    assert found.kind[0].tolist() == [SPECIAL, *[TEXT] * (found.shape[1] - 1)]
 
 
 def test_generated_positions() -> None:
@@ -107,7 +124,7 @@ def test_mask_selects_kind_image_and_tile() -> None:
     assert first.sum() == second.sum() == 4 and not (first & second).any()
     assert np.flatnonzero(first[0]).max() < np.flatnonzero(second[0]).min()
     assert not found.mask("image", image=0, tile=1).any()
-    with pytest.raises(LayoutError, match="kind must be one of .* got 'picture'"):
+    with pytest.raises(LayoutError, match=r"kind must be one of .* got 'picture'"):
         found.mask("picture")
 
 
@@ -208,7 +225,7 @@ def test_a_hierarchical_tower_has_no_layout() -> None:
 
 def test_errors_name_the_argument() -> None:
     llava, anyres = build("llava"), build("llava_onevision")
-    with pytest.raises(LayoutError, match="inputs must hold one of .*'input_ids'.*got"):
+    with pytest.raises(LayoutError, match=r"inputs must hold one of .*'input_ids'.*got"):
         layout(llava.module, {"attention_mask": torch.ones(1, 3)})
     with pytest.raises(LayoutError, match="inputs_embeds does not tell"):
         layout(llava.module, {"inputs_embeds": torch.ones(1, 3, 48), "pixel_values": torch.ones(1, 3, 32, 32)})
