@@ -86,7 +86,17 @@ def test_shape_may_be_an_anatomy() -> None:
 
 def test_as_heads_reads_the_usual_forms() -> None:
     want = Heads([Head(3, 1)])
-    for form in (want, Head(3, 1), "L3H1", (3, 1), [(3, 1)], [Head(3, 1)], ["L3H1"], np.array([[3, 1]]), [np.int64(3), 1]):
+    for form in (
+        want,
+        Head(3, 1),
+        "L3H1",
+        (3, 1),
+        [(3, 1)],
+        [Head(3, 1)],
+        ["L3H1"],
+        np.array([[3, 1]]),
+        [np.int64(3), 1],
+    ):
         assert as_heads(form) == want
     assert as_heads([]) == Heads()
     assert as_heads(np.array([[3, 1], [2, 0]])) == Heads.parse("L3H1,L2H0")
@@ -133,7 +143,9 @@ def test_heads_the_model_does_not_have(heads: str, says: str) -> None:
         as_heads(heads, SHAPE)
 
 
-@pytest.mark.parametrize("bad", [3, None, 1.5, [3, 1.5], [(3, True)], [[[1]]], (-1, 2), {"text": 3}, np.ones((2, 2), bool)])
+@pytest.mark.parametrize(
+    "bad", [3, None, 1.5, [3, 1.5], [(3, True)], [[[1]]], (-1, 2), {"text": 3}, np.ones((2, 2), bool)]
+)
 def test_unreadable_forms(bad: object) -> None:
     with pytest.raises(HeadError):
         as_heads(bad)

@@ -28,6 +28,9 @@ def model_class(config: Any, *, trust_remote_code: bool = False) -> Any:
             continue
         if head == "Seq2SeqLM" and not getattr(config, "is_encoder_decoder", False):
             continue
+        # Without labels of its own a classifier would be a random one on top of a good backbone.
+        if head == "ImageClassification" and (getattr(config, "id2label", None) or {}).get(0, "LABEL_0") == "LABEL_0":
+            continue
         auto = getattr(transformers, f"AutoModelFor{head}")
         if type(config) in auto._model_mapping:
             return auto

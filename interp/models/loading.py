@@ -82,7 +82,7 @@ def load(
     problem = None
     if processor is None:
         processor, problem = _processor(place, hub)
-    found = known_revision or getattr(module.config, "_commit_hash", None) or revision
+    found = known_revision or _commit(place, hub)
     return Model(module, processor=processor, tokenizer=tokenizer, name=name, revision=found, processor_problem=problem)
 
 
@@ -93,7 +93,7 @@ def _loaded(source: Any, processor: Any, tokenizer: Any, dtype: Any, device: Any
         processor = processor if processor is not None else next((p for p in parts if p is not None), None)
         tokenizer = tokenizer if tokenizer is not None else getattr(source, "tokenizer", None)
     name = source.name if isinstance(source, Model) else getattr(unwrap(source).config, "_name_or_path", "") or None
-    commit = source.revision if isinstance(source, Model) else getattr(unwrap(source).config, "_commit_hash", None)
+    commit = source.revision if isinstance(source, Model) else None
     model = Model(source, processor=processor, tokenizer=tokenizer, name=name, revision=commit)
     if device is not None or dtype not in (None, "auto"):
         moves = {"device": device, "dtype": dtype if dtype != "auto" else None}
@@ -152,6 +152,17 @@ def _from_hub(name: str, file: str, hub: Mapping[str, Any]) -> Path:
         return Path(str(cached_file(name, file, **{k: v for k, v in hub.items() if k != "trust_remote_code"})))
     except Exception as error:
         raise LoadError(_explain(name, name, error)) from error
+
+
+def _commit(place: str, hub: Mapping[str, Any]) -> str | None:
+    """The commit a hub id was loaded from: its files lie in the hub's cache under it, which newer configs no longer say."""
+    if Path(place).is_dir():
+        return None
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    keys = {k: v for k, v in hub.items() if k in ("cache_dir", "revision", "subfolder")}
+    file = cached_file(place, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False, **keys)
+    return extract_commit_hash(file, None) or hub["revision"]
 
 
 def _weights(place: str, dtype: Any, device: Any, hub: Mapping[str, Any], options: dict[str, Any]) -> Any:
@@ -215,13 +226,17 @@ def _dtype(dtype: Any) -> Any:
 def _explain(name: str, place: str, error: Exception) -> str:
     says = " ".join(str(error).split())
     if "trust_remote_code" in says:
-        return f"{name} comes with modelling code of its own; pass trust_remote_code=True if you trust it ({says[:300]})"
+        return (
+            f"{name} comes with modelling code of its own; pass trust_remote_code=True if you trust it ({says[:300]})"
+        )
     if Path(place).is_dir():
         return f"{name} could not be loaded: {type(error).__name__}: {says[:600]}"
     chain = [error, error.__cause__, getattr(error.__cause__, "__cause__", None)]
     kinds = {type(link).__name__ for link in chain if link is not None}
     if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectionError"}:
-        what = f"{name} is neither a bundled model nor a local folder, and the hub cannot be reached (or is switched off)"
+        what = (
+            f"{name} is neither a bundled model nor a local folder, and the hub cannot be reached (or is switched off)"
+        )
         return f"{what}; check the name and the network, or pass a folder that has the model ({says[:200]})"
     if kinds & {"RepositoryNotFoundError", "GatedRepoError", "RevisionNotFoundError"}:
         return f"{name} is not on the hub, or not for you: check the name and revision, pass token= ({says[:300]})"
