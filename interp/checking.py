@@ -220,7 +220,7 @@ def _joined(calls: list[Tensor], n_keys: int) -> Tensor:
 
 
 def _causality(report: CheckReport, module: Any, shape: Anatomy, inputs: Mapping[str, Any], before: Tensor) -> None:
-    ids = inputs.get("input_ids")
+    ids: Any = inputs.get("input_ids")
     causal = isinstance(ids, Tensor) and ids.shape[1] > 1 and before.ndim == 3 and before.shape[1] == ids.shape[1]
     if not causal or any(not s.causal for s in shape.stacks.get("text", [])) or "text" not in shape.stacks:
         report.rows.append(_row("nothing flows back", "text", 0, 0.0, "causal stacks", None))

@@ -144,7 +144,7 @@ def anatomy(model: Any, inputs: Mapping[str, Any] | None = None) -> Anatomy:
     from interp.models.model import unwrap
 
     module = unwrap(model)
-    found = [(name, sub) for name, sub in module.named_modules() if dispatches(type(sub))]
+    found: list[tuple[str, nn.Module]] = [(name, sub) for name, sub in module.named_modules() if dispatches(type(sub))]
     described = _place(module, found)
     if inputs is not None:
         from interp.models.dryrun import confirm
@@ -253,9 +253,9 @@ def _stack_kind(module: PreTrainedModel, name: str, sub: nn.Module) -> str:
     if re.search(r"audio|whisperencoder|speech", says) or source in ("input_features", "input_values"):
         if "decoder" not in path:
             return "audio"
-    elif source == "pixel_values" or re.search(r"vision|visual|vit\b|image_tower|siglip_vision|clip_vision", says):
+    elif source == "pixel_values" or re.search(r"vision|visual|vit\b|image_tower", says):
         return "vision"
-    elif re.search(r"vision|visual", path) and not re.search(r"text|language", path):
+    elif re.search(r"vision|visual", path) and not re.search(r"text|language", path):  # noqa: SIM114 - two reasons
         return "vision"
     if getattr(module.config, "is_encoder_decoder", False) and re.search(r"(^|\.)encoder(\.|$)", path):
         return "encoder"
@@ -329,10 +329,8 @@ def _unreached(module: nn.Module, sites: list[Site]) -> tuple[str, ...]:
     missing: list[str] = []
     for name, sub in module.named_modules():
         looks = isinstance(sub, nn.MultiheadAttention) or re.search(r"Attention|SelfAttn", type(sub).__name__)
-        if (
-            not looks
-            or re.search(r"Linear[A-Z]|Pool$", type(sub).__name__)
-            and not isinstance(sub, nn.MultiheadAttention)
+        if not looks or (
+            re.search(r"Linear[A-Z]|Pool$", type(sub).__name__) and not isinstance(sub, nn.MultiheadAttention)
         ):
             continue
         if any(s == name or s.startswith(f"{name}.") or name.startswith(f"{s}.") for s in names):

@@ -12,7 +12,10 @@ _HOMES = {
     "Trace": "trace",
 }  # fmt: skip
 
-__all__ = sorted(_HOMES)
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+    "Capture", "CaptureError", "CaptureTooLargeError", "Intervention", "RunState", "Session", "SessionError", "SiteCall",
+    "Trace", "hooked", "reset",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -73,7 +73,7 @@ class StackArrays:
         self.n_samples = len(beams) if beams is not None else batch
         self.variables: dict[str, tuple[tuple[str, ...], Array]] = {}
         self.coords: dict[str, Any] = {}
-        self._place = {q: n for n, q in enumerate(self.positions)}
+        self.place = {q: n for n, q in enumerate(self.positions)}
 
     def _surviving(self, pieces: list[Piece]) -> list[Piece]:
         """Without draft rows that a later forward fed again: those were rejected."""
@@ -169,10 +169,10 @@ def _numpy(tensor: Tensor) -> Array:
 
 
 def _row_readings(out: StackArrays, piece: Piece) -> None:
-    inside = [q for q in range(piece.start, piece.stop) if q in out._place]
+    inside = [q for q in range(piece.start, piece.stop) if q in out.place]
     if not inside:
         return
-    rows = np.array([out._place[q] for q in inside])
+    rows = np.array([out.place[q] for q in inside])
     taken = np.array([q - piece.start for q in inside])
     found: dict[str, Tensor] = {} if piece.readings is None else piece.readings.tensors()
     if piece.z is not None:
@@ -267,10 +267,15 @@ def _pooled(out: StackArrays, piece: Piece, capture: Capture) -> None:
     rows = np.arange(piece.start, piece.stop) // edge
     columns = np.arange(piece.key_start, piece.key_start + piece.n_keys) // edge
     sums = np.zeros((*p.shape[:2], blocks, p.shape[3]), np.float32)
-    np.add.at(sums, (slice(None), slice(None), rows), p)
+    np.add.at(sums, _axis(2, rows), p)
     both = np.zeros((*p.shape[:2], blocks, blocks), np.float32)
-    np.add.at(both, (slice(None), slice(None), slice(None), columns), sums)
+    np.add.at(both, _axis(3, columns), sums)
     out.write(array, piece, both, np.arange(blocks), np.arange(blocks), add=True)
+
+
+def _axis(axis: int, places: Array) -> Any:
+    """An index of ``places`` on one axis and everything before it."""
+    return (*[slice(None)] * axis, places)
 
 
 def _offsets(out: StackArrays, piece: Piece) -> None:
@@ -339,9 +344,16 @@ def _coordinates(out: StackArrays, tokenizer: Any, capture: Capture) -> dict[str
     if "key" in used:
         coords["key"] = np.arange(out.n_keys)
         if key_layout is not None:
-            for name, values in (("token", key_layout.tokens), ("kind", key_layout.kind), ("row_in_image", key_layout.row),
-                                 ("column_in_image", key_layout.column), ("image", key_layout.image), ("tile", key_layout.tile)):  # fmt: skip
-                coords[name] = (("sample", "key"), _fitted(values, out.n_samples, out.n_keys))
+            labels = {
+                "token": key_layout.tokens,
+                "kind": key_layout.kind,
+                "row_in_image": key_layout.row,
+                "column_in_image": key_layout.column,
+                "image": key_layout.image,
+                "tile": key_layout.tile,
+            }
+        for name, values in labels.items():
+            coords[name] = (("sample", "key"), _fitted(values, out.n_samples, out.n_keys))
     _blank_pads(out, query_layout)
     return coords
 

@@ -50,9 +50,10 @@ def site_call(
         mask = Mask(causal=causal, q_offset=start, kv_offset=0 if decoder else chunk[1], cross=site.cross)
     if bias is not None:
         bias = bias[..., :n_keys].to(query.device)
-    sinks = options.get("s_aux")
-    if sinks is None and isinstance(getattr(module, "sinks", None), Tensor):
-        sinks = module.sinks
+    sinks: Tensor | None = options.get("s_aux")
+    if sinks is None:
+        own = getattr(module, "sinks", None)
+        sinks = own if isinstance(own, Tensor) else None
     scale = options.get("scaling")
     seen = replace(
         site, n_heads=query.shape[1], n_kv_heads=key.shape[1], head_dim=query.shape[-1], v_head_dim=value.shape[-1]

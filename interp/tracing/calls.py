@@ -83,7 +83,7 @@ class SiteCall:
         return torch.arange(self.q.shape[2], device=self.q.device) + self.mask.q_offset
 
     def heads(self, heads: list[int]) -> Tensor:
-        """bool ``[1, H, 1]``, True at the given heads."""
+        """A bool tensor ``[1, H, 1]``, True at the given heads."""
         out = torch.zeros(1, self.site.n_heads, 1, dtype=torch.bool, device=self.q.device)
         out[:, heads] = True
         return out

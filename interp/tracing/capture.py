@@ -133,7 +133,8 @@ class Capture:
             raise CaptureError("heads must name at least one head, got none")
         layers: dict[str, list[int]] = {}
         for stack in stacks:
-            wanted = self.layers.get(stack) if isinstance(self.layers, Mapping) else self.layers
+            given: Any = self.layers
+            wanted = given.get(stack) if isinstance(given, Mapping) else given
             n_layers = anatomy.shape(stack)[0]
             if wanted is not None:
                 numbers = sorted({int(n) + n_layers if int(n) < 0 else int(n) for n in wanted})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,8 +86,7 @@ def _original_function(module: nn.Module, implementation: str) -> Callable[..., 
     )
 
 
-@torch.compiler.disable(recursive=True)
-def attention(
+def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
 ) -> tuple[Tensor, Any]:
     """The function registered as ``interp``: to the session that holds the module, else to the original."""
@@ -95,6 +94,10 @@ def attention(
     if handler is None:
         return call_original(module, query, key, value, attention_mask, **options)
     return handler(module, query, key, value, attention_mask, **options)
+
+
+# A graph break: which session is open is not for the compiler to bake in.
+attention: Handler = cast(Handler, torch.compiler.disable(_attention))
 
 
 def mask(**arguments: Any) -> Any:

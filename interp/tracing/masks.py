@@ -65,8 +65,9 @@ class LazyMask:
             if not isinstance(native, Tensor) or native.ndim != 4:
                 from transformers.masking_utils import sdpa_mask
 
-                skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-                native = sdpa_mask(**{**self.arguments, **skips})
+                skips: dict[str, Any] = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+                arguments: dict[str, Any] = {**self.arguments, **skips}
+                native = sdpa_mask(**arguments)
                 if not isinstance(native, Tensor):
                     raise TypeError(f"sdpa_mask must give a tensor when it may not skip, got {type(native).__name__}")
             self._dense = native

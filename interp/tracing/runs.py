@@ -40,7 +40,7 @@ def _bound(function: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: d
         # generate(inputs, ...): the first argument is the main input.
         return {"input_ids": args[0], **kwargs}
     try:
-        names = inspect.signature(function).bind_partial(*args, **{k: v for k, v in kwargs.items()})
+        names = inspect.signature(function).bind_partial(*args, **kwargs)
         bound = dict(names.arguments)
         bound.update(bound.pop("kwargs", {}))
         return bound
@@ -57,8 +57,8 @@ def _lay_out(run: RunState) -> None:
 
 
 def _cached(cache: Any) -> int:
-    length = getattr(cache, "get_seq_length", None)
-    return int(length()) if callable(length) else 0
+    length: Any = getattr(cache, "get_seq_length", None)
+    return int(length()) if length is not None else 0
 
 
 def _new_positions(run: RunState, inputs: dict[str, Any]) -> int:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -190,13 +190,14 @@ class Installation:
     def put(self) -> None:
         from transformers import PreTrainedModel
 
+        disable: Any = torch.compiler.disable
         dispatch.install(self.modules, self.configs, self.handle)
         self._placed = True
         for sub in self.module.modules():
             if isinstance(sub, PreTrainedModel):
-                self.handles.append(sub.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
-                self.handles.append(sub.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
-        self.handles.extend(sub.register_forward_pre_hook(self._site_begins) for sub in self.modules)
+                self.handles.append(sub.register_forward_pre_hook(disable(self._enter), with_kwargs=True, prepend=True))
+                self.handles.append(sub.register_forward_hook(disable(self._leave), with_kwargs=True, always_call=True))
+        self.handles.extend(sub.register_forward_pre_hook(disable(self._site_begins)) for sub in self.modules)
         if callable(getattr(self.module, "generate", None)):
             self._wrap_generate()
 
@@ -207,7 +208,7 @@ class Installation:
         if self._placed:
             dispatch.remove(self.modules, self.configs)
             self._placed = False
-        mine = vars(self.module).get("generate")
+        mine: Any = vars(self.module).get("generate")
         if getattr(mine, "_interp_previous", None) is not None:
             previous = mine._interp_previous[0]
             del self.module.generate
@@ -239,7 +240,6 @@ class Installation:
         generate._interp_previous = (previous,)  # type: ignore[attr-defined]
         self.module.generate = generate  # type: ignore[assignment]
 
-    @torch.compiler.disable
     def _enter(self, sub: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         me = threading.get_ident()
         stack = self.active.setdefault(me, [])
@@ -264,7 +264,6 @@ class Installation:
             if found is not None:
                 begin_run(found[0], sub, args, kwargs)
 
-    @torch.compiler.disable
     def _leave(self, sub: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         me = threading.get_ident()
         stack = self.active.get(me, [])
@@ -277,7 +276,6 @@ class Installation:
             self._finish(result)
         self._drop()
 
-    @torch.compiler.disable
     def _site_begins(self, sub: nn.Module, args: tuple[Any, ...]) -> None:
         self.chunks[id(sub)] = [0, 0]
 
@@ -378,7 +376,7 @@ class Installation:
         )  # fmt: skip
         for session, _, _ in live:
             session.count(call.site, "edited")
-        return out.output, None
+        return cast(Tensor, out.output), None
 
 
 def _scaled(z: Tensor, gain: Gain) -> Tensor:
@@ -401,9 +399,9 @@ def _configs(module: nn.Module, shape: Anatomy) -> list[Any]:
         for part in ["", *site.name.split(".")]:
             walked = getattr(walked, part) if part else walked
             config = getattr(walked, "config", None)
-            if config is not None and hasattr(config, "_attn_implementation_internal"):
-                if isinstance(walked, PreTrainedModel) or id(walked) == id(module.get_submodule(site.name)):
-                    found[id(config)] = config
+            reads = isinstance(walked, PreTrainedModel) or walked is module.get_submodule(site.name)
+            if reads and hasattr(config, "_attn_implementation_internal"):
+                found[id(config)] = config
     return list(found.values())
 
 

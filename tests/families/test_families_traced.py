@@ -15,7 +15,9 @@ TOLERANCE = 1e-5
 def test_family(name):
     specimen = build(name)
     module = specimen.module
-    wanted = interp.Capture(attention=True, row_stats=True, received=True, pooled=4, offset=True, topk=2, rows=[1], group_output=[1], z=True)
+    wanted = interp.Capture(
+        attention=True, row_stats=True, received=True, pooled=4, offset=True, topk=2, rows=[1], group_output=[1], z=True
+    )
     with torch.no_grad():
         plain = logits(module(**specimen.inputs))
         with interp.hooked(module) as empty:
@@ -68,18 +70,33 @@ def _statistics_equal_those_of_the_maps(data, maps):
 @pytest.mark.parametrize("name", families())
 def test_check_passes_and_nothing_is_left(name):
     specimen = build(name)
-    before = {n: m.config._attn_implementation for n, m in specimen.module.named_modules() if hasattr(m, "config") and hasattr(m.config, "_attn_implementation")}
+    before = {
+        n: m.config._attn_implementation
+        for n, m in specimen.module.named_modules()
+        if hasattr(m, "config") and hasattr(m.config, "_attn_implementation")
+    }
     report = interp.check(specimen.module, specimen.inputs)
     assert report.passed, str(report)
-    after = {n: m.config._attn_implementation for n, m in specimen.module.named_modules() if hasattr(m, "config") and hasattr(m.config, "_attn_implementation")}
+    after = {
+        n: m.config._attn_implementation
+        for n, m in specimen.module.named_modules()
+        if hasattr(m, "config") and hasattr(m.config, "_attn_implementation")
+    }
     assert before == after
     assert "generate" not in vars(specimen.module)
     # transformers leaves hooks of its own that gather outputs.
     hooks = [h for m in specimen.module.modules() for h in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
-    assert not [h for h in hooks if "interp" in getattr(h, "__module__", "") or "interp" in type(getattr(h, "__self__", None)).__module__]
+    assert not [
+        h
+        for h in hooks
+        if "interp" in getattr(h, "__module__", "") or "interp" in type(getattr(h, "__self__", None)).__module__
+    ]
 
 
-@pytest.mark.parametrize("name", [n for n in families() if n in ("llama", "gpt2", "gemma2", "mistral", "gpt_oss", "deepseek_v3", "qwen3_next")])
+@pytest.mark.parametrize(
+    "name",
+    [n for n in families() if n in ("llama", "gpt2", "gemma2", "mistral", "gpt_oss", "deepseek_v3", "qwen3_next")],
+)
 def test_left_padding_gives_the_answers_of_single_samples(name):
     specimen = build(name)
     ids = specimen.inputs["input_ids"][:1]
