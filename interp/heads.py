@@ -27,7 +27,8 @@ RULE = "written like 'L5H3' or 'vision.L5H3', joined by commas, with ranges 'L5H
 StackShapes: TypeAlias = Mapping[str, tuple[int, int | Sequence[int]]]
 """Per stack, the number of layers and the number of heads (one for all layers, or one for each)."""
 
-_ITEM = re.compile(r"(?:(?P<stack>[A-Za-z_]\w*)\.)?[Ll](?P<layer>\*|\d+(?:-\d+)?)[Hh](?P<head>\*|\d+(?:-\d+)?)", re.ASCII)
+_SPAN = r"\*|\d+(?:-\d+)?"
+_ITEM = re.compile(rf"(?:(?P<stack>[A-Za-z_]\w*)\.)?[Ll](?P<layer>{_SPAN})[Hh](?P<head>{_SPAN})", re.ASCII)
 
 
 class HeadError(ValueError):
@@ -101,7 +102,7 @@ class Heads(Sequence[Head]):
 
     @classmethod
     def parse(cls, text: str, shape: Any = None) -> Heads:
-        """Read a list of ids, e.g. ``"L3H1,L5H0-3,vision.L2H*"``; layers take ranges and ``*`` too. Both range ends count.
+        """Read a list of ids, e.g. ``"L3H1,L5H0-3,vision.L2H*"``; layers take ranges (both ends count) and ``*`` too.
 
         Args:
             text: ids joined by commas; the empty string is no head.

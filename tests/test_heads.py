@@ -124,7 +124,7 @@ def test_mask_sizes_default_to_just_large_enough() -> None:
 def test_malformed_text(text: str, says: str) -> None:
     with pytest.raises(HeadError, match=says) as caught:
         Heads.parse(text)
-    assert repr(text.split(",")[-1]) in str(caught.value)
+    assert repr(text.rpartition(",")[-1]) in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_constructors_refuse_what_is_no_head() -> None:
         Head(0, 1, "a.b")
     with pytest.raises(HeadError, match="as_heads"):
         Heads(["L1H1"])  # type: ignore[list-item]
-    with pytest.raises(HeadError, match="exactly|one id"):
+    with pytest.raises(HeadError, match="one id like"):
         Head.parse("L1H0-1")
     with pytest.raises(HeadError, match="bool array"):
         Heads.from_mask(np.ones((2, 2)))

@@ -1,6 +1,6 @@
 """Models: loading them, their attention sites (``anatomy``), and what their positions are (``layout``).
 
-Names are resolved on first use, so that importing this package imports neither torch's nor transformers' modelling code.
+Names are resolved on first use, so that importing this package does not import transformers' modelling code.
 """
 
 from __future__ import annotations

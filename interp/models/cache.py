@@ -41,8 +41,8 @@ def manifest(folder: Path) -> dict[str, Any]:
 def cached_folder(name: str, facts: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
     """The cached folder ``name``, made by ``build(empty folder)`` where it is not there or damaged.
 
-    The folder is built beside its final place and renamed, under a lock that dies with its process: a killed build leaves
-    nothing under the name, and of several processes one builds while the others wait for it.
+    The folder is built beside its final place and renamed, under a lock that dies with its process: a killed build
+    leaves nothing under the name, and of several processes one builds while the others wait for it.
 
     Args:
         name: folder name; what changes the content must be part of it.
@@ -62,7 +62,8 @@ def cached_folder(name: str, facts: Mapping[str, Any], build: Callable[[Path], N
         lock = FileLock(final.with_name(f"{name}.lock"))
         lock.acquire()
     except OSError as error:
-        raise LoadError(f"the cache {final.parent} must be writable ({error}); set HEADSCOPE_CACHE to another folder") from error
+        says = f"the cache {final.parent} must be writable ({error}); set HEADSCOPE_CACHE to another folder"
+        raise LoadError(says) from error
     try:
         # Another process may have built it while this one waited.
         why = damage(final)
@@ -84,8 +85,8 @@ def _build(final: Path, why: str, facts: Mapping[str, Any], build: Callable[[Pat
         build(staging)
         _write_manifest(staging, facts)
         if final.exists():
-            os.rename(final, aside)
-        os.rename(staging, final)
+            final.rename(aside)
+        staging.rename(final)
     except LoadError as error:
         if not final.exists():
             raise

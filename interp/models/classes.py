@@ -11,8 +11,8 @@ HEADS = ("SpeechSeq2Seq", "ImageTextToText", "Seq2SeqLM", "MaskedLM", "CausalLM"
 def model_class(config: Any, *, trust_remote_code: bool = False) -> Any:
     """The class to load a checkpoint of ``config`` with.
 
-    The first of ``config.architectures`` that transformers has; for code that comes with the checkpoint (only where trusted)
-    the auto class its ``auto_map`` names; else by the kind of config.
+    The first of ``config.architectures`` that transformers has; for code that comes with the checkpoint (only where
+    trusted) the auto class its ``auto_map`` names; else by the kind of config.
     """
     import transformers
 

@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -89,7 +90,7 @@ def _fits(model: Model, text: Any, image: Any, *, chat: bool, system: str | None
 
 def _chat(model: Model, text: str, n_images: int, system: str | None) -> str:
     """The text of one conversation: system message, user turn, start of the answer."""
-    # A processor's template takes content as a list of parts and writes the image placeholders; a tokenizer's takes text.
+    # A processor's template takes a list of parts and writes the image placeholders; a tokenizer's takes text.
     keeper = next((p for p in (model.processor, model.tokenizer) if getattr(p, "chat_template", None)), None)
     if keeper is None:
         raise ModelInputError(f"chat must be False for {model.name}, which has no chat template")
@@ -118,7 +119,7 @@ def _with_placeholders(model: Model, text: str, n_images: int) -> str:
     if written == n_images:
         return text
     if written:
-        raise ModelInputError(f"text must have one {bare} an image or none at all, got {written} with {n_images} images")
+        raise ModelInputError(f"text must have one {bare} an image or none, got {written} with {n_images} images")
     return (mark if isinstance(mark, str) else "".join(mark)) * n_images + "\n" + text
 
 
@@ -174,7 +175,7 @@ def open_image(image: Any) -> Image:
         got = f"{image.dtype} array {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise ModelInputError(f"image must be a path, a PIL image or a uint8 array [H, W, 3], got {got}")
     try:
-        with pil.open(os.path.expanduser(image)) as opened:
+        with pil.open(Path(image).expanduser()) as opened:
             return ImageOps.exif_transpose(opened).convert("RGB")
     except OSError as error:
         raise ModelInputError(f"image must be a readable image file, got {os.fspath(image)!r}: {error}") from error
@@ -194,7 +195,7 @@ def _finish(model: Model, encoded: Any) -> Any:
     # PaliGemma's processor gives labels too; with them the model computes a training loss.
     encoded.pop("labels", None)
     if "input_ids" in encoded and encoded["input_ids"].shape[-1] == 0:
-        raise ModelInputError("text must give at least one token, got an empty text and a tokenizer without a start token")
+        raise ModelInputError("text must give at least one token, got '' with a tokenizer that adds no start token")
     for key, value in encoded.items():
         if isinstance(value, torch.Tensor):
             dtype = model.module.dtype if value.is_floating_point() else None

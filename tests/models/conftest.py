@@ -16,16 +16,14 @@ CHAT = (
 )
 
 
-def tiny_tokenizer(
-    special: Mapping[str, int] | None = None, *, pad: bool = True, size: int = 96, **options: Any
-) -> Any:
+def tiny_tokenizer(special: Mapping[str, int] | None = None, *, pad: bool = True, **options: Any) -> Any:
     """Words ``w10`` to ``w95`` are the ids 10 to 95; ``<s>`` (1) is put before every text."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **(special or {})}
     taken = set(vocab.values())
-    vocab.update({f"w{i}": i for i in range(size) if i not in taken})
+    vocab.update({f"w{i}": i for i in range(96) if i not in taken})
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
