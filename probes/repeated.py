@@ -72,12 +72,16 @@ class RepeatedTokens:
         """The samples for one model.
 
         Raises:
-            ProbeError: no tokenizer and no ``vocabulary``.
+            ProbeError: no tokenizer and no ``vocabulary``, or special tokens in it.
         """
         config = config_of(model_or_tokenizer)
         if self.vocabulary is not None:
             tokenizer = getattr(model_or_tokenizer, "tokenizer", None)
             vocabulary = list(self.vocabulary)
+            # Traces count special tokens apart from all offsets, so a copy with one in it would lose weight unseen.
+            special = sorted(special_ids(tokenizer, config).intersection(vocabulary))
+            if special:
+                raise ProbeError(f"vocabulary must be without the model's special tokens, got {special}")
         else:
             tokenizer = tokenizer_of(model_or_tokenizer)
             vocabulary = ordinary_ids(tokenizer, config)

@@ -65,10 +65,10 @@ def special_ids(tokenizer: Any, config: Any) -> set[int]:
     return found
 
 
-def _config_ids(values: dict[str, Any], found: set[int]) -> None:
+def _config_ids(values: dict[Any, Any], found: set[int]) -> None:
     for name, value in values.items():
         if isinstance(value, dict):
             _config_ids(value, found)
-        elif name.endswith(("_token_id", "_token_index")):
+        elif isinstance(name, str) and name.endswith(("_token_id", "_token_index")):
             several = value if isinstance(value, list | tuple) else [value]
             found |= {v for v in several if isinstance(v, int) and v >= 0}
