@@ -39,7 +39,7 @@ test-real: .venv/.stamp-dev ## the tests on real weights
 	$(call pytest,-m real)
 
 lint: .venv/.stamp-dev ## ruff: rules and format
-	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff check --output-format concise $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 
 fmt: .venv/.stamp-dev ## format, and fix what can be fixed
@@ -47,7 +47,7 @@ fmt: .venv/.stamp-dev ## format, and fix what can be fixed
 	$(BIN)/ruff check --fix $(SOURCES)
 
 types: .venv/.stamp-dev ## pyright, strict on interp/
-	$(BIN)/pyright
+	$(BIN)/pyright --project pyproject.toml
 
 bench: .venv/.stamp-dev ## every benchmark, recorded in tests/benchmarks/results
 	@for file in tests/benchmarks/bench_*.py; do echo "-- $$file"; $(BIN)/python $$file $(BENCH_ARGS) || exit 1; done
