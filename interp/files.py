@@ -41,7 +41,7 @@ def write_whole(path: str | os.PathLike[str], data: bytes | str) -> Path:
     partial = sibling(final, "partial")
     try:
         partial.write_bytes(data.encode() if isinstance(data, str) else data)
-        os.replace(partial, final)
+        partial.replace(final)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
