@@ -48,7 +48,7 @@ class NeedleSample(Sample):
 
 @dataclass(frozen=True)
 class NeedleInHaystack:
-    """"The secret number of Oslo is 48213." in ordinary prose, at every depth and length, and the question for the number.
+    """ "The secret number of Oslo is 48213." in ordinary prose, at every depth and length, and the question for the number.
 
     The digits of a number are all different, so that the token that was copied says which one it was. The splits share
     neither cities nor numbers (even numbers in ``detect``, odd ones in ``test``): heads found on one can be tested on the other.
@@ -114,7 +114,9 @@ class NeedleInHaystack:
         spans = [_locate(model_or_tokenizer, ids, text, part, self.chat) for part in (needle, number)]
         (start, stop), (first, last) = spans
         if not start <= first < last <= stop:
-            raise ProbeError(f"the number {number} was found at {first}..{last}, outside its sentence at {start}..{stop}")
+            raise ProbeError(
+                f"the number {number} was found at {first}..{last}, outside its sentence at {start}..{stop}"
+            )
         return NeedleSample(
             ids, text, needle, question, number, (start, stop), (first, last), ids[first:last],
             round(depth * len(hay)) / len(hay) if hay else depth, length,

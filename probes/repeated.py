@@ -97,9 +97,7 @@ class RepeatedTokens:
             copy = _draw(rng, vocabulary, self.length)
             control = _draw(rng, vocabulary, self.length * self.repeats)
             ids = front + copy * self.repeats
-            samples.append(
-                RepeatedSample(ids, "", len(front), self.length, self.repeats, control_ids=front + control)
-            )
+            samples.append(RepeatedSample(ids, "", len(front), self.length, self.repeats, control_ids=front + control))
         return samples
 
 

@@ -50,7 +50,9 @@ def paragraphs() -> tuple[str, ...]:
         if files:
             blocks = [b for f in files for b in re.split(r"\n\s*\n", f.read_text(encoding="utf-8"))]
             return tuple(" ".join(b.split()) for b in blocks if b.strip())
-    raise ProbeError(f"the bundled prose must be in {here / '_text'} or in data/text beside it; neither has a .txt file")
+    raise ProbeError(
+        f"the bundled prose must be in {here / '_text'} or in data/text beside it; neither has a .txt file"
+    )
 
 
 @cache
@@ -161,5 +163,7 @@ def chat_ids(model: Any, text: str) -> tuple[int, ...]:
         ProbeError: ``model`` is a tokenizer: chats go through the model's ``encode``.
     """
     if not hasattr(model, "encode") or hasattr(model, "convert_ids_to_tokens"):
-        raise ProbeError(f"chat=True needs an interp.Model, whose encode knows the template, got {type(model).__name__}")
+        raise ProbeError(
+            f"chat=True needs an interp.Model, whose encode knows the template, got {type(model).__name__}"
+        )
     return tuple(int(i) for i in model.encode(text, chat=True)["input_ids"][0])

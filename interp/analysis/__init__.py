@@ -21,7 +21,7 @@ _HOMES = {
 }
 _CLASSES = {class_name: home for home, class_name in _HOMES.values()}
 
-__all__ = ["ScoreInfo", "score", "scores", *sorted(_CLASSES)]
+__all__ = ["ScoreInfo", "score", "scores"]
 
 
 class ScoreInfo(NamedTuple):

@@ -51,7 +51,9 @@ class Entropy(HeadScore):
 
     def default_probe(self) -> Any:
         if self.stack != "text":
-            raise AnalysisError(f"probe must be given for stack {self.stack!r}: an iterable of inputs, as model.encode makes them")
+            raise AnalysisError(
+                f"probe must be given for stack {self.stack!r}: an iterable of inputs, as model.encode makes them"
+            )
         from probes.text import Passages
 
         return Passages()
@@ -82,10 +84,14 @@ def largest_entropy(data: xr.Dataset, causal: bool) -> xr.DataArray:
     """``ln`` of the number of keys of each row ``[sample, query]``, NaN for rows with one key (their entropy is always 0)."""
     real = data["entropy"].notnull().any(["layer", "head"])
     if causal:
-        counts = data["position_in_sample"] + 1 if "position_in_sample" in data else xr.zeros_like(real, dtype=int) + data["query"] + 1
+        counts = (
+            data["position_in_sample"] + 1
+            if "position_in_sample" in data
+            else xr.zeros_like(real, dtype=int) + data["query"] + 1
+        )
     else:
         counts = xr.zeros_like(real, dtype=int) + real.sum("query")
-    return np.log(counts.where(real & (counts > 1)).astype(float))
+    return xr.apply_ufunc(np.log, counts.where(real & (counts > 1)).astype(float))
 
 
 def shuffle(inputs: Mapping[str, Any], model: Model, seed: int) -> dict[str, Any] | None:

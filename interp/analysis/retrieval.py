@@ -61,7 +61,9 @@ class Retrieval(HeadScore):
         if self.mode not in ("generate", "teacher_forced"):
             raise AnalysisError(f"mode must be 'generate' or 'teacher_forced', got {self.mode!r}")
         if self.gate and self.mode == "teacher_forced":
-            raise AnalysisError("gate must not be True with mode='teacher_forced': nothing is generated that could be judged")
+            raise AnalysisError(
+                "gate must not be True with mode='teacher_forced': nothing is generated that could be judged"
+            )
         if self.max_new_tokens < 1:
             raise AnalysisError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
 
@@ -77,10 +79,14 @@ class Retrieval(HeadScore):
         """See :meth:`HeadScore.run`; warns where no sample passed the gate."""
         probe = self.default_probe() if probe is None else probe
         if self._gated and not callable(getattr(probe, "judge", None)):
-            raise AnalysisError(f"gate=True needs a probe with judge(sample, text), got {type(probe).__name__}: pass gate=False")
+            raise AnalysisError(
+                f"gate=True needs a probe with judge(sample, text), got {type(probe).__name__}: pass gate=False"
+            )
         score = super().run(model, probe, progress=progress)
         if not bool((score["n"] > 0).any()):
-            warnings.warn("no sample passed the gate: the model did not find any needle, so there is no score", stacklevel=2)
+            warnings.warn(
+                "no sample passed the gate: the model did not find any needle, so there is no score", stacklevel=2
+            )
         return score
 
     @property
@@ -90,8 +96,12 @@ class Retrieval(HeadScore):
     def values(self, model: Model, sample: Any, probe: Any) -> tuple[Floats, Floats | None]:
         missing = [n for n in ("ids", "answer_span", "needle_span", "answer_ids") if not hasattr(sample, n)]
         if missing:
-            raise AnalysisError(f"retrieval needs samples of NeedleInHaystack, got {type(sample).__name__} without {missing}")
-        top_key, produced, text = self._forced(model, sample) if self.mode == "teacher_forced" else self._generated(model, sample)
+            raise AnalysisError(
+                f"retrieval needs samples of NeedleInHaystack, got {type(sample).__name__} without {missing}"
+            )
+        top_key, produced, text = (
+            self._forced(model, sample) if self.mode == "teacher_forced" else self._generated(model, sample)
+        )
         control = elsewhere(len(sample.ids), sample.answer_span, sample.needle_span)
         passed = not self._gated or probe.judge(sample, text)
         value, null = (
@@ -123,7 +133,12 @@ class Retrieval(HeadScore):
 
 
 def copied(
-    top_key: xr.DataArray | NDArray[np.int32], produced: Sequence[int], prompt: Sequence[int], span: Span, *, dedupe: bool
+    top_key: xr.DataArray | NDArray[np.int32],
+    produced: Sequence[int],
+    prompt: Sequence[int],
+    span: Span,
+    *,
+    dedupe: bool,
 ) -> xr.DataArray:
     """Retrieval score of every head for one span.
 
@@ -137,7 +152,11 @@ def copied(
     Returns:
         ``[...]``, NaN for heads without any top key (a layer that has no such head).
     """
-    keys = top_key if isinstance(top_key, xr.DataArray) else xr.DataArray(top_key, dims=[*"abcdefg"[: top_key.ndim - 1], "query"])
+    keys = (
+        top_key
+        if isinstance(top_key, xr.DataArray)
+        else xr.DataArray(top_key, dims=[*"abcdefg"[: top_key.ndim - 1], "query"])
+    )
     if keys.sizes["query"] != len(produced):
         raise AnalysisError(f"produced must have one id a row, {keys.sizes['query']}, got {len(produced)}")
     start, stop = span
@@ -165,7 +184,9 @@ def elsewhere(length: int, span: Span, avoid: Span) -> Span:
     # Position 0 is left out: a sink there would be no fair control.
     starts = [*range(1, avoid[0] - width + 1), *range(avoid[1], length - width + 1)]
     if not starts:
-        raise AnalysisError(f"the prompt must have room for a control span of {width} tokens outside the needle, {length} are too few")
+        raise AnalysisError(
+            f"the prompt must have room for a control span of {width} tokens outside the needle, {length} are too few"
+        )
     start = random.Random(f"{length} {span}").choice(starts)
     return start, start + width
 
@@ -174,7 +195,7 @@ def _at_newline(model: Model, prompt: int) -> list[Any]:
     from transformers import StoppingCriteria
 
     class Newline(StoppingCriteria):
-        def __call__(self, input_ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **options: Any) -> Any:
             text = model.decode(input_ids[0, prompt:])
             # A newline before the first word is no end of an answer.
             return torch.tensor(["\n" in text.lstrip()], device=input_ids.device)

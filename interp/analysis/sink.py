@@ -40,7 +40,9 @@ class Sink(HeadScore):
     """
 
     name: ClassVar[str] = "sink"
-    summary: ClassVar[str] = "share of samples in which a head puts more than epsilon of its attention on the first token"
+    summary: ClassVar[str] = (
+        "share of samples in which a head puts more than epsilon of its attention on the first token"
+    )
     paper: ClassVar[str] = "Gu et al. 2025, https://arxiv.org/abs/2410.10781"
     unit: ClassVar[str] = "fraction of samples"
     stacks: ClassVar[tuple[str, ...]] = ("any",)
@@ -56,13 +58,17 @@ class Sink(HeadScore):
         if self.measure not in ("share", "mass"):
             raise AnalysisError(f"measure must be 'share' or 'mass', got {self.measure!r}")
         if self.length < 2 or not 0 <= self.key < self.length:
-            raise AnalysisError(f"length must be at least 2 and key within it, got length={self.length}, key={self.key}")
+            raise AnalysisError(
+                f"length must be at least 2 and key within it, got length={self.length}, key={self.key}"
+            )
         if not 0 <= self.epsilon < 1:
             raise AnalysisError(f"epsilon must lie in [0, 1), got {self.epsilon}")
 
     def default_probe(self) -> Any:
         if self.stack != "text":
-            raise AnalysisError(f"probe must be given for stack {self.stack!r}: an iterable of inputs, as model.encode makes them")
+            raise AnalysisError(
+                f"probe must be given for stack {self.stack!r}: an iterable of inputs, as model.encode makes them"
+            )
         from probes.text import Passages
 
         return Passages(n=64, length=self.length)
@@ -113,7 +119,9 @@ def cut(inputs: Mapping[str, Any], length: int) -> dict[str, Any]:
     """
     other = sorted(set(inputs) - {"input_ids", "attention_mask"})
     if other or "input_ids" not in inputs:
-        raise AnalysisError(f"the sink of the text stack is measured on text alone (input_ids, attention_mask), got also {other}")
+        raise AnalysisError(
+            f"the sink of the text stack is measured on text alone (input_ids, attention_mask), got also {other}"
+        )
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask", torch.ones_like(ids))
     if ids.shape[1] < length or not bool(mask[:, :length].all()):

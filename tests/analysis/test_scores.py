@@ -40,7 +40,9 @@ def histogram(a: np.ndarray, rows: range) -> xr.DataArray:
     for i in rows:
         for j in range(i + 1):
             sums[..., i - j] += a[i, j]
-    return xr.DataArray(sums, dims=("sample", "layer", "head", "offset"), coords={"offset_position": ("offset", np.arange(len(a)))})
+    return xr.DataArray(
+        sums, dims=("sample", "layer", "head", "offset"), coords={"offset_position": ("offset", np.arange(len(a)))}
+    )
 
 
 def test_gu_alpha_of_uniform_attention() -> None:
@@ -89,7 +91,7 @@ def test_retrieval_count_of_a_layer_without_heads_is_missing() -> None:
 def test_control_span_is_elsewhere() -> None:
     for length in range(20, 60):
         start, stop = elsewhere(length, (8, 12), (5, 13))
-        assert stop - start == 4 and 1 <= start and stop <= length and (stop <= 5 or start >= 13)
+        assert stop - start == 4 and start >= 1 and stop <= length and (stop <= 5 or start >= 13)
     with pytest.raises(AnalysisError, match="room for a control span of 4"):
         elsewhere(8, (2, 6), (1, 7))
 
@@ -185,7 +187,9 @@ def test_scores_of_text_refuse_other_models(tiny: Any) -> None:
 
 def test_scores_lists_what_score_runs() -> None:
     listed = scores()
-    assert {"entropy", "sink", "previous_token", "duplicate_token", "induction", "retrieval"} <= {s.name for s in listed}
+    assert {"entropy", "sink", "previous_token", "duplicate_token", "induction", "retrieval"} <= {
+        s.name for s in listed
+    }
     assert all(s.summary and "https://" in s.paper and s.unit and s.stacks and s.probe for s in listed)
 
 

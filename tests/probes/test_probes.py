@@ -58,7 +58,8 @@ def test_splits_share_nothing(model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "right"), [(" 48213.", True), ("148213", False), ("482130", False), ("4821 3", False), ("is 48213, yes", True)]
+    ("text", "right"),
+    [(" 48213.", True), ("148213", False), ("482130", False), ("4821 3", False), ("is 48213, yes", True)],
 )
 def test_needle_judge(text: str, right: bool) -> None:
     assert NeedleInHaystack().judge(NeedleSample((), answer="48213"), text) is right
@@ -115,7 +116,11 @@ def test_closed_book(model: Any) -> None:
     probe = ClosedBook()
     france = probe.build(model)[0]
     assert france.answer == "Paris" and len(probe.build(model)) == 20
-    assert probe.judge(france, " It is paris.") and not probe.judge(france, "Parisian") and not probe.judge(france, "no\nParis")
+    assert (
+        probe.judge(france, " It is paris.")
+        and not probe.judge(france, "Parisian")
+        and not probe.judge(france, "no\nParis")
+    )
 
 
 def test_no_tokenizer() -> None:
