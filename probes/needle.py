@@ -48,7 +48,7 @@ class NeedleSample(Sample):
 
 @dataclass(frozen=True)
 class NeedleInHaystack:
-    """ "The secret number of Oslo is 48213." in ordinary prose, at every depth and length, and the question for the number.
+    """Ordinary prose with "The secret number of Oslo is 48213." at every depth and length, and the question for the number.
 
     The digits of a number are all different, so that the token that was copied says which one it was. The splits share
     neither cities nor numbers (even numbers in ``detect``, odd ones in ``test``): heads found on one can be tested on the other.
