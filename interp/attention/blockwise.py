@@ -17,15 +17,15 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from interp.attention import reference
 from interp.attention.call import Call, Places, Tile
 from interp.attention.edits import Blocks, DropKeys, GivenRows, Neighbourhood, SinkWindow, Threshold
 from interp.attention.mask import Visible
 from interp.attention.readouts import READING_AXES, Readings
-from interp.attention.reference import attend_tile
 
-# One fp32 temporary of a tile. On a CPU it should sit in the cache a core has for itself (2 MiB was the fastest of
-# 0.5 to 16 MiB on a Xeon); on a GPU it should keep all multiprocessors busy.
-TILE_BYTES = {"cpu": 2 << 20, "other": 256 << 20}
+# One fp32 temporary of a tile. On a CPU it should fit into cache together with its neighbours, yet have enough rows for
+# the matrix products (4 MiB was the fastest of 0.5 to 8 MiB on a Xeon); on a GPU it should keep all cores busy.
+TILE_BYTES = {"cpu": 4 << 20, "other": 256 << 20}
 MIN_ROWS, MAX_ROWS = 16, 256
 
 
@@ -48,15 +48,19 @@ def run(call: Call, tile_bytes: int | None = None) -> tuple[Tensor | None, Readi
     seen: Visible | None = None
     rows_of_seen: tuple[tuple[int, int], tuple[int, int]] | None = None
     for tile in tiles(call, tile_bytes):
+        if tile == call.whole:
+            return reference.run(call)
         part, places = call.tile(tile)
         if not part.want_output and part.readout.empty:
             continue
         if not gathered.shared_visible or rows_of_seen != (tile.batch, tile.rows):
             seen = None
         if differentiable:
-            part_z, readings, seen = checkpoint(attend_tile, part, seen, use_reentrant=False, preserve_rng_state=False)
+            part_z, readings, seen = checkpoint(
+                reference.attend_tile, part, seen, use_reentrant=False, preserve_rng_state=False
+            )
         else:
-            part_z, readings, seen = attend_tile(part, seen)
+            part_z, readings, seen = reference.attend_tile(part, seen)
         rows_of_seen = (tile.batch, tile.rows)
         if z is not None and part_z is not None:
             z[slice(*tile.batch), slice(*tile.rows), slice(*tile.heads)] = part_z.transpose(1, 2).to(z.dtype)

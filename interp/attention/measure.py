@@ -15,6 +15,7 @@ from interp.attention.mask import Visible
 from interp.attention.readouts import OffsetBins, Readings
 
 PEAK_BLOCK = 64
+MANY = 1 << 16
 
 
 def read(
@@ -76,12 +77,13 @@ def largest(p: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row in falling order with their key slots, ties to the lowest; 0 beyond the last key.
 
     They lie in the k blocks of keys with the largest maxima (a block of lower rank would need k better elements before
-    its own), and torch finds block maxima many times faster than it finds an index among all keys.
+    its own), and torch finds block maxima many times faster than it finds an index among all keys. On a few thousand
+    numbers the search by blocks costs more in calls than it saves.
     """
     *_, n_keys = p.shape
     values = p.detach()
     slots = None
-    if n_keys > 4 * k * PEAK_BLOCK:
+    if n_keys > 4 * k * PEAK_BLOCK and p.numel() >= MANY:
         blocks = _first_largest(block_reduce(values, PEAK_BLOCK, "amax"), k)[1].sort(-1).values
         slots = (blocks.unsqueeze(-1) * PEAK_BLOCK + torch.arange(PEAK_BLOCK, device=p.device)).flatten(-2)
         values = values.gather(-1, slots.clamp_max(n_keys - 1)).masked_fill(slots >= n_keys, -1.0)
@@ -108,7 +110,7 @@ def _first_largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def entropy(p: Tensor) -> Tensor:
     """``-sum p ln p`` in nats, ``[B, H, Lq]``; 0 ln 0 is 0."""
     # Adding the smallest normal number changes no p above 1e-30 and keeps the logarithm finite at 0.
-    return -torch.linalg.vecdot(p, (p + torch.finfo(p.dtype).tiny).log_())
+    return -(p + torch.finfo(p.dtype).tiny).log_().mul_(p).sum(-1)
 
 
 def mass(call: Call, p: Tensor) -> Tensor:
@@ -209,20 +211,32 @@ def _diagonal_histogram(p: Tensor, bins: OffsetBins, first: int) -> Tensor:
         placed, unplaced = (torch.stack([rows, 1 - rows]) @ p).unbind(-2)
         special = (unplaced.sum(-1) + placed @ (1 - keys)).unsqueeze(-1)
         p = p * rows[:, None] * keys
-    # Zeros on both sides; a row stride of one more than the width then lines up the diagonals as columns.
-    padded = F.pad(p, (n_rows, n_rows)).contiguous()
-    width = n_keys + 2 * n_rows
-    shape = (batch, heads, n_rows, n_rows + n_keys - 1)
-    skewed = padded.as_strided(
-        shape, (heads * n_rows * width, n_rows * width, width + 1, 1), padded.storage_offset() + 1
-    )
-    sums = skewed.sum(2).flip(-1)  # by rising offset, from first - (n_keys - 1) to first + n_rows - 1
+    sums = diagonal_sums(p).flip(-1)  # by rising offset, from first - (n_keys - 1) to first + n_rows - 1
     lowest, (lo,), (hi,) = first - n_keys + 1, bins.lo, bins.hi
     start, stop = max(lo, lowest), min(hi, first + n_rows - 1) + 1
     inside = p.new_zeros(batch, heads, hi - lo + 1)
     if start < stop:
         inside = F.pad(sums[..., start - lowest : stop - lowest], (start - lo, hi + 1 - stop))
     return torch.cat([inside, special], dim=-1)
+
+
+def diagonal_sums(p: Tensor) -> Tensor:
+    """Sums along the diagonals of ``p [B, H, R, L]``, ``[B, H, R + L - 1]``, by rising ``column - row`` from ``1 - R`` on."""
+    n_rows, n_columns = p.shape[2:]
+    if n_columns < 2 * n_rows:
+        return _skewed(F.pad(p, (n_rows - 1, n_rows - 1)), n_rows + n_columns - 1)
+    # Diagonals of full length need no copy; only the corners that the others cut off are padded.
+    left = _skewed(F.pad(p[..., : n_rows - 1].tril(-1), (n_rows - 1, 0)), n_rows - 1)
+    right = _skewed(F.pad(p[..., n_columns - n_rows + 1 :].triu(), (0, n_rows - 1)), n_rows - 1)
+    return torch.cat([left, _skewed(p, n_columns - n_rows + 1), right], dim=-1)
+
+
+def _skewed(p: Tensor, n_diagonals: int) -> Tensor:
+    """Sums of the first diagonals of full length: a row stride of one more than the width lines them up as columns."""
+    p = p.contiguous()
+    batch, heads, n_rows, width = p.shape
+    strides = (heads * n_rows * width, n_rows * width, width + 1, 1)
+    return p.as_strided((batch, heads, n_rows, n_diagonals), strides, p.storage_offset()).sum(2)
 
 
 def _pair_histogram(p: Tensor, bins: OffsetBins) -> Tensor:

@@ -191,8 +191,9 @@ def softmax(call: Call, s: Tensor, visible: Visible) -> Probabilities:
     p = torch.softmax(s, dim=-1)
     lse = None
     if call.sinks is not None or call.readout.row_stats:
-        # The largest score has exp(s - max) = 1, so the largest p is 1 / sum exp(s - max).
-        lse = s.amax(-1) - p.amax(-1).log()
+        # ln p = s - lse for any key; the one with the largest p is the most exact.
+        weight, slot = measure.largest(p, 1)
+        lse = (s.gather(-1, slot) - weight.log()).squeeze(-1)
     if visible.alive is not None:
         p = p * visible.alive.unsqueeze(-1)
         lse = None if lse is None else torch.where(visible.alive, lse, -torch.inf)

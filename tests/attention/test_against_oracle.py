@@ -24,7 +24,6 @@ from interp.attention import (
     Mask,
     Neighbourhood,
     OffsetBins,
-    Readings,
     Readout,
     Redistribute,
     SinkWindow,
@@ -44,7 +43,7 @@ def at(table: Any, *where: int) -> Any:
     """A number, or the entry of a tensor whose axes may be 1 wide."""
     if not isinstance(table, torch.Tensor):
         return table
-    array = table.numpy()
+    array = (table.double() if table.is_floating_point() else table).numpy()
     return array[tuple(min(x, n - 1) for x, n in zip(where, array.shape, strict=False))]
 
 
@@ -456,3 +455,30 @@ def test_reference_and_blockwise_equal_the_oracle(
     for tile_bytes in (1 if seed % 3 == 0 else 700, 1 << 20):
         monkeypatch.setitem(blockwise.TILE_BYTES, "cpu", tile_bytes)
         assert_same(results(case, "blockwise"), wanted, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("seed", "mask", "edits", "scores"), in_company()[::4])
+def test_low_precision_inputs(
+    seed: int,
+    mask: str,
+    edits: tuple[str, ...],
+    scores: tuple[str, ...],
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Computed in fp32 from the rounded inputs, so only the output is rounded to their dtype.
+    case = Maker(seed, dtype).case(mask, edits, scores)
+    wanted = oracle(case)
+    monkeypatch.setitem(blockwise.TILE_BYTES, "cpu", 700)
+    for backend in ("reference", "blockwise"):
+        got = results(case, backend)
+        output, exact = got.pop("output"), wanted["output"]
+        np.testing.assert_allclose(output, exact, atol=1e-5, rtol=1e-5 + torch.finfo(dtype).eps)
+        # Which of two nearly equal keys is first may turn on the last bit; its weight may not.
+        keys = [got.pop(name) for name in ("top_key", "topk_key")]
+        slots = np.maximum(keys[1].astype(int) - case["mask"].kv_offset, 0)
+        weights = np.take_along_axis(wanted["attention"], slots, -1)
+        np.testing.assert_allclose(weights * (keys[1] >= 0), wanted["topk_weight"], atol=1e-5)
+        np.testing.assert_array_equal(keys[0], keys[1][..., 0])
+        assert_same(got, {name: x for name, x in wanted.items() if name in got}, atol=1e-5)
