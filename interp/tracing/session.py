@@ -123,7 +123,7 @@ class Session:
                 return
             installation.sessions.remove(self)
             self.runs.clear()
-            if not installation.sessions:
+            if not installation.sessions and not installation.suspended:
                 installation.undo()
                 del _installations[id(self.module)]
 
@@ -172,6 +172,7 @@ class Installation:
     def __init__(self, module: nn.Module, shape: Anatomy) -> None:
         self.module = module
         self.sessions: list[Session] = []
+        self.suspended = 0
         self.thread = threading.get_ident()
         self.thread_name = threading.current_thread().name
         self.sites: dict[int, Site] = {}
@@ -421,9 +422,12 @@ def untouched(model: Any) -> Iterator[None]:
     installation = _installations.get(id(unwrap(model)))
     held, sessions = (installation.sessions, []) if installation is not None else ([], [])
     if installation is not None:
+        # The last session opened in the block must not take the suspended ones' installation down with it.
+        installation.suspended += 1
         installation.sessions = sessions
     try:
         yield
     finally:
         if installation is not None:
+            installation.suspended -= 1
             installation.sessions = held

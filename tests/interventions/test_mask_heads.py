@@ -10,6 +10,7 @@ import interp
 from interp.heads import HeadError
 from interp.interventions import HeadMeans, MaskHeads
 from interp.testing import build, recompute
+from interp.tracing.session import untouched
 
 FAMILIES = {
     "llama": "text", "gpt2": "text", "gemma2": "text", "gpt_oss": "text", "mistral": "text", "deepseek_v3": "text",
@@ -346,3 +347,14 @@ def test_a_trace_says_what_was_masked(llama):
     assert json.loads(json.dumps(said)) == {
         "name": "MaskHeads", "heads": "L1H2", "kind": "mean", "scope": "all", "rows": [0, 1], "reference": means.describe(),
     }  # fmt: skip
+
+
+def test_a_session_inside_untouched_leaves_the_suspended_one_in_force(llama):
+    with interp.hooked(llama.module, interventions=[MaskHeads("L0H1")]):
+        masked = plain(llama)
+        with untouched(llama.module):
+            unmasked = plain(llama)
+            HeadMeans.collect(llama.module, [llama.inputs])
+        again = plain(llama)
+    assert torch.equal(again, masked) and not torch.equal(unmasked, masked)
+    assert torch.equal(unmasked, plain(llama))
