@@ -174,7 +174,9 @@ class Trace:
         for name, dataset in self._stacks.items():
             dims = dict.fromkeys([*(dim for array in dataset.data_vars.values() for dim in array.dims), *dataset.sizes])
             lines.append(f"{name}: " + ", ".join(f"{dim} {dataset.sizes[dim]}" for dim in dims))
-            for variable, array in dataset.data_vars.items():
+            # xarray takes a variable with the name of one of its dims, as `offset` has, for a coordinate.
+            readings = [v for v in dataset.variables if v in dataset.data_vars or v in CAPTURE_KEYWORD]
+            for variable, array in ((v, dataset.variables[v]) for v in readings):
                 lines.append(f"  {variable} ({', '.join(map(str, array.dims))}) {array.dtype}, {_size(array.nbytes)}")
         missing = sorted(set(CAPTURE_KEYWORD.values()) - {CAPTURE_KEYWORD.get(v, "") for v in self._variables()})
         if missing:

@@ -133,6 +133,16 @@ def test_description(trace: Trace) -> None:
     assert "entropy" in page
 
 
+def test_a_reading_named_as_its_dim_is_a_reading(tmp_path: Path) -> None:
+    values = np.arange(24, dtype=np.float32).reshape(1, 2, 3, 4)
+    dataset = stack(offset=(("sample", "layer", "head", "offset"), values))
+    dataset.coords["offset_position"] = ("offset", np.arange(4.0))
+    trace = Trace.open(Trace({"text": dataset}).save(tmp_path / "t"))
+    np.testing.assert_array_equal(trace["text"]["offset"].sel(layer=2), values[:, 1])
+    assert "  offset (sample, layer, head, offset) float32, 96 B" in trace.describe()
+    assert "offset=True" not in trace.describe()
+
+
 def test_html_escapes_what_it_is_given() -> None:
     assert "<script>" not in html_of(Trace({"text": xr.Dataset()}, {"model": "<script>"}))
 
