@@ -74,7 +74,9 @@ def attend(
         AttentionArgumentError: an argument breaks a rule.
         BackendUnavailable: the backend asked for by name is missing or lacks something that this call needs.
     """
-    mask, edit, readout = mask or Mask(), edit or Edit(), readout or Readout()
+    mask = Mask() if mask is None else mask
+    edit = Edit() if edit is None else edit
+    readout = Readout() if readout is None else readout
     validate(q, k, v, scale=scale, mask=mask, softcap=softcap, sinks=sinks, bias=bias, edit=edit, readout=readout)
     n_queries, n_keys = q.shape[2], k.shape[2]
     if backend == "auto" and is_neutral(edit):

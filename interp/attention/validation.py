@@ -64,6 +64,9 @@ def validate(
 ) -> None:
     """Raise :class:`AttentionArgumentError` unless the arguments of a call fit together."""
     sizes = check_tensors(q, k, v)
+    for name, given, kind in (("mask", mask, Mask), ("edit", edit, Edit), ("readout", readout, Readout)):
+        if not isinstance(given, kind):
+            fail(name, f"must be None or {kind.__name__}(...)", f"a {type(given).__name__}")
     if not isinstance(scale, float | int) or not math.isfinite(scale):
         fail("scale", "must be a finite number", repr(scale))
     if softcap is not None and (not math.isfinite(softcap) or softcap <= 0):
@@ -111,7 +114,9 @@ def check_shape(name: str, x: object, axes: str, sizes: Sizes, kind: str) -> Non
     }
     wanted = "[" + ", ".join(_axis(axis) for axis in axes) + "]"
     numbers = {_axis(a).split("|")[0]: sizes[_axis(a).split("|")[0]] for a in axes if a != "."}
-    rule = f"must be a {kind} tensor {wanted} with " + ", ".join(f"{n} = {size}" for n, size in numbers.items())
+    rule = f"must be {'an' if kind == 'int' else 'a'} {kind} tensor {wanted} with " + ", ".join(
+        f"{n} = {size}" for n, size in numbers.items()
+    )
     if not isinstance(x, Tensor) or not kinds[kind](x) or x.ndim != len(axes):
         fail(name, rule, describe(x))
     for axis, size in zip(axes, x.shape, strict=True):
@@ -162,8 +167,6 @@ def check_group_number(name: str, n_groups: object) -> None:
 
 
 def check_mask(mask: Mask, sizes: Sizes) -> None:
-    if not isinstance(mask, Mask):  # pyright: ignore[reportUnnecessaryIsInstance]
-        fail("mask", "must be a Mask (a dense bool tensor goes into Mask(dense=...))", type(mask).__name__)
     for name in ("q_offset", "kv_offset"):
         value = getattr(mask, name)
         if not isinstance(value, int) or value < 0:
