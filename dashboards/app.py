@@ -28,6 +28,11 @@ BANNER = {
 HIDDEN = {"display": "none"}
 
 
+def aria(label: str) -> dict[str, Any]:
+    """The name of a part of the page for screen readers."""
+    return {"aria-label": label}
+
+
 def make_app(
     model: Model | Mapping[str, Model] | None = None,
     *,
@@ -161,7 +166,7 @@ def _layout(bench: Workbench, prompt: str) -> Any:
                             html.P("Click a head to see its map.", style={"color": "#555555"}),
                         ],
                         style=panel,
-                        **{"aria-label": "scores by layer and head"},
+                        **aria("scores by layer and head"),
                     ),
                     html.Section(
                         [
@@ -181,7 +186,7 @@ def _layout(bench: Workbench, prompt: str) -> Any:
                             ),
                         ],
                         style=panel,
-                        **{"aria-label": "attention map of one head"},
+                        **aria("attention map of one head"),
                     ),
                 ],
             ),

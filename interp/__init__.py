@@ -20,10 +20,7 @@ _HOMES = {
     "check": "interp.checking",
 }  # fmt: skip
 
-__all__ = [  # noqa: PLE0604 - names are resolved by __getattr__
-    "__version__",
-    *sorted(_HOMES),
-]
+__all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

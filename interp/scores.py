@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -310,3 +313,13 @@ def _as_samples(values: Any, argument: str, like: xr.DataArray | None = None) ->
         known = source is not None and source.sizes[dim] == array.sizes[dim]
         labels[dim] = source[dim].values if source is not None and known else np.arange(array.sizes[dim])
     return array.reset_coords(drop=True).assign_coords(labels)
+
+
+class _CallableModule(ModuleType):
+    """Importing this module binds it to ``interp.scores``, which users call to list the scores there are."""
+
+    def __call__(self) -> Any:
+        return import_module("interp.analysis").scores()
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -253,10 +253,10 @@ def _stack_kind(module: PreTrainedModel, name: str, sub: nn.Module) -> str:
     if re.search(r"audio|whisperencoder|speech", says) or source in ("input_features", "input_values"):
         if "decoder" not in path:
             return "audio"
-    elif source == "pixel_values" or re.search(r"vision|visual|vit\b|image_tower", says):
-        return "vision"
-    elif re.search(r"vision|visual", path) and not re.search(r"text|language", path):  # noqa: SIM114 - two reasons
-        return "vision"
+    else:
+        inside = re.search(r"vision|visual", path) and not re.search(r"text|language", path)
+        if inside or source == "pixel_values" or re.search(r"vision|visual|vit\b|image_tower", says):
+            return "vision"
     if getattr(module.config, "is_encoder_decoder", False) and re.search(r"(^|\.)encoder(\.|$)", path):
         return "encoder"
     return "text"

@@ -12,10 +12,7 @@ _HOMES = {
     "Trace": "trace",
 }  # fmt: skip
 
-__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
-    "Capture", "CaptureError", "CaptureTooLargeError", "Intervention", "RunState", "Session", "SessionError", "SiteCall",
-    "Trace", "hooked", "reset",
-]  # fmt: skip
+__all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

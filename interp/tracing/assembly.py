@@ -352,8 +352,8 @@ def _coordinates(out: StackArrays, tokenizer: Any, capture: Capture) -> dict[str
                 "image": key_layout.image,
                 "tile": key_layout.tile,
             }
-        for name, values in labels.items():
-            coords[name] = (("sample", "key"), _fitted(values, out.n_samples, out.n_keys))
+            for name, values in labels.items():
+                coords[name] = (("sample", "key"), _fitted(values, out.n_samples, out.n_keys))
     _blank_pads(out, query_layout)
     return coords
 

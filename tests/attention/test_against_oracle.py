@@ -245,9 +245,9 @@ class Maker:
     def __init__(self, seed: int, dtype: torch.dtype = torch.float64) -> None:
         self.random = torch.Generator().manual_seed(seed)
         self.dtype = dtype
-        self.batch, self.kv_heads = self.integer(1, 3), self.integer(1, 2)
+        self.batch, self.kv_heads = self.integer(1, 2), self.integer(1, 2)
         self.heads = self.kv_heads * self.integer(1, 3)
-        self.n_queries, self.n_keys = self.integer(1, 13), self.integer(2, 17)
+        self.n_queries, self.n_keys = self.integer(1, 9), self.integer(2, 13)
 
     def integer(self, low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (), generator=self.random))
@@ -458,7 +458,7 @@ def test_reference_and_blockwise_equal_the_oracle(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("seed", "mask", "edits", "scores"), in_company()[::4])
+@pytest.mark.parametrize(("seed", "mask", "edits", "scores"), in_company()[::8])
 def test_low_precision_inputs(
     seed: int,
     mask: str,

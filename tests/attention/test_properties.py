@@ -93,22 +93,16 @@ def test_a_call_on_later_rows_equals_those_rows_of_the_whole_call(seed: int, len
     q, k, v = tensors(seed, length, length)
     mask = Mask(causal=True, window=(window - 1, 0))
     dropped = max(start - window + 1, 0)
-    weight = torch.rand(1, 4, 1, 3, dtype=torch.float64)
-    asked = all_readings(length, length, seed)
-    edit = Edit(
-        (GroupWeights(weight, renormalise=True), Uniform(torch.arange(length).view(1, 1, -1) % 5 == 0)), asked.groups
-    )
-    whole = attend(q, k, v, scale=1.0, mask=mask, edit=edit, readout=Readout(row_stats=True), backend="blockwise")
+    groups = torch.randint(0, 3, (1, length), generator=torch.Generator().manual_seed(seed))
+    uniform = (torch.arange(length) % 5 == 0).view(1, 1, -1)
+    weights = GroupWeights(torch.rand(1, 4, 1, 3, dtype=torch.float64), renormalise=True)
+    given_ = {"scale": 1.0, "readout": Readout(row_stats=True), "backend": "blockwise"}
+    whole = attend(q, k, v, mask=mask, edit=Edit((weights, Uniform(uniform)), groups), **given_)
     keys = slice(dropped, stop)
-    part_edit = Edit(
-        (edit.operations[1], edit.of(Uniform)[0].__class__(edit.of(Uniform)[0].where[..., start:stop])),
-        asked.groups[:, keys],
-    )
-    part_edit = Edit((*edit.of(GroupWeights), *part_edit.of(Uniform)), asked.groups[:, keys])
     part = attend(
-        q[:, :, start:stop], k[:, :, keys], v[:, :, keys], scale=1.0,
-        mask=replace(mask, q_offset=start, kv_offset=dropped), edit=part_edit, readout=Readout(row_stats=True),
-        backend="blockwise",
+        q[:, :, start:stop], k[:, :, keys], v[:, :, keys],
+        mask=replace(mask, q_offset=start, kv_offset=dropped),
+        edit=Edit((weights, Uniform(uniform[..., start:stop])), groups[:, keys]), **given_,
     )  # fmt: skip
     torch.testing.assert_close(part.output, whole.output[:, start:stop])
     for name, values in part.readings.tensors().items():

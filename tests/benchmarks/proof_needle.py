@@ -185,7 +185,10 @@ def smollm2(folder, needles, n_sets, n_text_sets, lengths, kinds=("zero", "unifo
         base = np.array([p[0] for p, _ in plain])
         width = 1 + 2 * n_sets
         for place, k in enumerate(DOSES):
-            part, hit = logs[:, place * width : (place + 1) * width] - base[:, None], exact[:, place * width : (place + 1) * width]
+            part, hit = (
+                logs[:, place * width : (place + 1) * width] - base[:, None],
+                exact[:, place * width : (place + 1) * width],
+            )
             top, layer, norm = part[:, 0], part[:, 1 : 1 + n_sets], part[:, 1 + n_sets :]
             rows.append(
                 {
@@ -216,7 +219,9 @@ def broken_model_controls(model, order, shape, n_sets, rng):
     book = ClosedBook().build(model)[:8]
     rows = []
     for k in (0, *DOSES):
-        sets = [as_mask(order[:k], shape)] + [matched_on_layer(order[:k], shape, rng) for _ in range(n_sets if k else 0)]
+        sets = [as_mask(order[:k], shape)] + [
+            matched_on_layer(order[:k], shape, rng) for _ in range(n_sets if k else 0)
+        ]
         loss = np.mean([text_loss(model, list(ids), sets, "zero", len(ids) - 1) for ids in passages], 0)
         closed = []
         for sample in book:
