@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.metadata
 import re
 import shutil
@@ -187,6 +188,15 @@ def test_import_interp_is_light() -> None:
     # Measured in tests/benchmarks/bench_import.py; here only what must not be there, which no busy machine can change.
     alone = heavy_modules("import torch, xarray")
     assert heavy_modules("import torch, xarray, interp") <= alone
+    assert heavy_modules("import torch, xarray, interp; [getattr(interp, name) for name in interp.__all__]") <= alone
+
+
+@pytest.mark.parametrize("package", ["interp", "interp.attention", "interp.tracing"])
+def test_every_public_name_resolves(package: str) -> None:
+    # Names are resolved on first use: a wrong one would show only to its first user.
+    module = importlib.import_module(package)
+    assert module.__all__
+    assert [name for name in module.__all__ if not hasattr(module, name)] == []
 
 
 def test_light_import_can_fail() -> None:
