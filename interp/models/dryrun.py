@@ -39,7 +39,8 @@ def confirm(module: nn.Module, sites: list[Site], inputs: Mapping[str, Any]) -> 
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, eager_mask)
     seen = {site.name: _Seen() for site in sites}
-    configs = {id(m.config): m.config for m in module.modules() if hasattr(m, "config")}
+    holders: list[Any] = [m for m in module.modules() if hasattr(m, "config")]
+    configs: dict[int, Any] = {id(m.config): m.config for m in holders}
     before = [
         (c, c._attn_implementation_internal) for c in configs.values() if hasattr(c, "_attn_implementation_internal")
     ]
