@@ -234,20 +234,24 @@ def weighted(call: Call, probabilities: Probabilities) -> Probabilities:
     All of them scale whole groups of a row, so they are worked out on the masses and applied to p once.
     """
     p, share, lse = probabilities
-    operations = call.edit.of(GroupWeights, Redistribute)
-    if not operations:
+    if not call.edit.of(GroupWeights, Redistribute):
         return probabilities
     groups = key_one_hot(call, p.dtype)
-    masses = group_sums(p, groups)
+    total, share = total_weights(call, group_sums(p, groups), share)
+    return Probabilities(p * (total @ groups.mT.unsqueeze(1)), share, lse)
+
+
+def total_weights(call: Call, masses: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Step 5 on the masses ``[B, H, Lq, G]`` of step 4 alone: the weight of every group, and the sink share it leaves."""
     total = torch.ones_like(masses)
-    for op in operations:
+    for op in call.edit.of(GroupWeights, Redistribute):
         if isinstance(op, GroupWeights):
             weights, rescale = group_weights(op, call, masses, share)
             share = None if share is None or rescale is None else share * rescale
         else:
             weights = redistribution(op, call, masses)
         masses, total = masses * weights, total * weights
-    return Probabilities(p * (total @ groups.mT.unsqueeze(1)), share, lse)
+    return total, share
 
 
 def group_weights(op: GroupWeights, call: Call, masses: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -1,0 +1,75 @@
+"""Small kernels around the row-stationary one: adding up partial column sums, and which blocks of keys are of one group."""
+
+# pyright: basic
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["n_parts", "n_queries", "n_keys", "n_heads", "delta", "left", "right", "first_b", "groups_b", "kv_offset"])  # fmt: skip
+def sum_parts_kernel(
+    part_ptr, out_ptr, query_groups_ptr, groups_b, first_ptr, first_b,
+    n_parts, n_queries, n_keys, n_heads, delta, kv_offset, left, right,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
+    CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PADDING: tl.constexpr, ZEROED: tl.constexpr,
+    N_QUERY_GROUPS: tl.constexpr, QUERY_GROUPS: tl.constexpr,
+):  # fmt: skip
+    """``received [B * H, Gq, Lk]`` from parts ``[B * H, Gq, n_parts, Lk]``.
+
+    Parts that no program wrote (its rows see nothing there) are left out by the same arithmetic that made it skip them, so
+    that the buffer need not be cleared first; ``ZEROED`` says that it was.
+    """
+    cols = tl.program_id(0) * BK + tl.arange(0, BK)
+    bhg = tl.program_id(1).to(tl.int64)
+    g = (bhg % N_QUERY_GROUPS).to(tl.int32)
+    b = bhg // N_QUERY_GROUPS // n_heads
+    tile_start = cols // BN * BN
+    col_ok = cols < n_keys
+    total = tl.zeros([BK], tl.float32)
+    start = 0
+    if CAUSAL and not ZEROED:
+        start = tl.maximum((tl.program_id(0) * BK // BN * BN - delta) // BM, 0) // PARTS * PARTS
+    for first in tl.range(start, n_parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        written = (part < n_parts)[:, None] & col_ok[None, :]
+        if not ZEROED:
+            first_row = part * BM
+            last_row = tl.minimum(first_row + BM, n_queries) - 1
+            lo = part * 0
+            hi = part * 0 + n_keys
+            if CAUSAL:
+                hi = tl.minimum(hi, last_row + delta + 1)
+            if RIGHT:
+                hi = tl.minimum(hi, last_row + delta + right + 1)
+            if LEFT:
+                lo = tl.maximum(lo, first_row + delta - left)
+            if PADDING:
+                lo = tl.maximum(lo, tl.load(first_ptr + b * first_b) - kv_offset)
+            lo = lo // BN * BN
+            written = written & (tile_start[None, :] >= lo[:, None]) & (tile_start[None, :] < hi[:, None])
+            if N_QUERY_GROUPS > 1:
+                row = part[:, None] * BM + tl.arange(0, BM)[None, :]
+                row_ok = row < n_queries
+                if QUERY_GROUPS:
+                    group = tl.load(query_groups_ptr + b * groups_b + row, mask=row_ok, other=-1).to(tl.int32)
+                else:
+                    group = tl.where(row_ok, 0, -1)
+                lowest = tl.min(tl.where(group >= 0, group, 127), axis=1)
+                highest = tl.max(group, axis=1)
+                written = written & ((g >= lowest) & (g <= highest))[:, None]
+        at = part_ptr + (bhg * n_parts + part.to(tl.int64)[:, None]) * n_keys + cols[None, :]
+        total += tl.sum(tl.load(at, mask=written, other=0.0), 0)
+    tl.store(out_ptr + bhg * n_keys + cols, total, mask=col_ok)
+
+
+@triton.jit(do_not_specialize=["n_keys", "groups_b"])
+def block_groups_kernel(groups_ptr, groups_b, out_ptr, n_keys, BN: tl.constexpr):
+    """The group of each block of BN keys, -2 where it holds several: int8 ``[B|1, ceil(Lk / BN)]``."""
+    cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    b = tl.program_id(1)
+    ok = cols < n_keys
+    group = tl.load(groups_ptr + b.to(tl.int64) * groups_b + cols, mask=ok, other=0).to(tl.int32)
+    lowest = tl.min(tl.where(ok, group, 127), 0)
+    highest = tl.max(tl.where(ok, group, -128), 0)
+    one = tl.where(lowest == highest, lowest, -2)
+    tl.store(out_ptr + b * tl.num_programs(0) + tl.program_id(0), one.to(tl.int8))

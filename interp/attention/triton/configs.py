@@ -1,0 +1,41 @@
+"""Tile sizes, warps and pipeline stages by what a launch does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from interp.attention.call import Call
+    from interp.attention.triton.passes import Wanted
+    from interp.attention.triton.tables import Tables
+
+
+class Config(NamedTuple):
+    """Rows and keys of a tile, warps of a program, stages of the load pipeline."""
+
+    bm: int
+    bn: int
+    warps: int
+    stages: int
+
+
+INTERPRETED = Config(16, 16, 4, 1)
+
+forced: Config | None = None
+"""Set by the tuner and by tests: every launch uses it."""
+
+
+def choose(call: Call, wanted: Wanted, tables: Tables) -> Config:
+    """The configuration for a launch."""
+    if forced is not None:
+        return forced
+    if call.q.device.type == "cpu":
+        return INTERPRETED
+    width = max(tables.arguments["D"], tables.arguments["DV"] if wanted.output else 0)
+    if call.q.dtype == torch.float32:
+        return Config(64, 32, 4, 2) if width <= 128 else Config(32, 32, 4, 1)
+    if width > 128:
+        return Config(64, 32, 4, 2)
+    return Config(128, 64, 4 if not wanted.output else 8, 3)

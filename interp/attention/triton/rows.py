@@ -1,0 +1,549 @@
+"""The row-stationary kernel: one program holds some query rows of one head and walks over the keys they may see.
+
+It runs in two ways. *Online* (``GIVEN_LSE`` off) it is a flash attention with a running maximum: z, the row's
+log-sum-exp and row statistics. With ``GIVEN_LSE`` the softmax is known, so every probability is final the moment it is
+computed, and the same walk also gives what needs final probabilities: column sums, block sums, maps, the largest k, and z
+under row-wise group weights.
+
+Column sums leave a program as one partial sum per block of rows, added up by :mod:`~interp.attention.triton.columns`: no
+atomics, so repeated runs agree to the bit, at 1 / BM of the map's memory.
+"""
+
+# pyright: basic
+
+import triton
+import triton.language as tl
+
+from interp.attention.triton.tiles import (
+    BLOCKS_BIT,
+    DEAD,
+    HIDDEN,
+    LN2,
+    LOG2E,
+    NEIGHBOURHOOD_BIT,
+    SINK_WINDOW_BIT,
+    UNIFORM_BIT,
+    by_group,
+    capped,
+    dropped,
+    near,
+    product,
+    product_add,
+)
+
+RUNNING_INTS = [
+    "n_queries", "n_keys", "n_rows", "delta", "q_offset", "kv_offset", "left", "right", "blocks_size",
+    "row_scale_b", "row_scale_h", "row_scale_q", "gain_b", "gain_h", "gain_q", "bits_b", "bits_h", "bits_q", "bits_all",
+    "bias_b", "bias_h", "bias_q", "dense_b", "dense_h", "dense_q", "padding_b", "threshold_b", "threshold_h", "threshold_q",
+    "beta_b", "beta_h", "beta_q", "weight_b", "weight_h", "weight_q", "drop_b", "drop_h", "drop_q", "sw_h", "sw_window_h",
+    "blocks_h", "blocks_q", "near_h", "near_qb", "near_kb", "edit_groups_b", "groups_b", "query_groups_b", "list_h",
+    "list_q", "first_b", "pool_h", "pool_q", "part_rows", "map_h",
+]  # fmt: skip
+"""Arguments whose value must not choose a specialisation: lengths and strides that change from call to call."""
+
+
+@triton.jit(do_not_specialize=RUNNING_INTS)
+def rows_kernel(
+    q_ptr, k_ptr, v_ptr, z_ptr, lse_ptr,
+    q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, z_b, z_h, z_m, z_g,
+    heads_ptr, rows_ptr, lists_ptr, list_h, list_q,
+    scale, softcap, n_samples, n_heads, n_heads_read, n_queries, n_keys, n_rows, delta, q_offset, kv_offset, left, right,
+    row_scale_ptr, row_scale_b, row_scale_h, row_scale_q,
+    gain_ptr, gain_b, gain_h, gain_q,
+    bits_ptr, bits_b, bits_h, bits_q, bits_all,
+    sinks_ptr,
+    bias_ptr, bias_b, bias_h, bias_q, bias_hidden,
+    dense_ptr, dense_b, dense_h, dense_q,
+    padding_ptr, padding_b, first_ptr, first_b,
+    sw_sink_ptr, sw_window_ptr, sw_h, sw_window_h,
+    blocks_ptr, blocks_h, blocks_q, blocks_size,
+    near_radius_ptr, near_h, near_q_ptr, near_qb, near_k_ptr, near_kb,
+    threshold_ptr, threshold_b, threshold_h, threshold_q,
+    drop_ptr, drop_b, drop_h, drop_q,
+    edit_groups_ptr, edit_groups_b,
+    beta_ptr, beta_b, beta_h, beta_q,
+    weight_ptr, weight_b, weight_h, weight_q,
+    groups_ptr, groups_b, block_groups_ptr,
+    query_groups_ptr, query_groups_b,
+    top_weight_ptr, top_key_ptr, entropy_ptr, mass_ptr, share_ptr, topk_weight_ptr, topk_key_ptr,
+    part_ptr, part_rows, pool_ptr, pool_h, pool_q, map_ptr, map_h,
+    BM: tl.constexpr, BN: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    KV_GROUP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, ALWAYS_MASK: tl.constexpr, LISTS: tl.constexpr,
+    PHASES: tl.constexpr,
+    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, DENSE: tl.constexpr, PADDING: tl.constexpr, SINKS: tl.constexpr,
+    ROW_SCALE: tl.constexpr, GAIN: tl.constexpr, BITS: tl.constexpr, UNIFORM: tl.constexpr, SINK_WINDOW: tl.constexpr,
+    BLOCKS: tl.constexpr, N_COORDS: tl.constexpr, THRESHOLD: tl.constexpr, N_DROP: tl.constexpr,
+    EDIT_GROUPS: tl.constexpr, BETA: tl.constexpr, WEIGHT: tl.constexpr,
+    GIVEN_LSE: tl.constexpr, OUTPUT: tl.constexpr, OUTPUT_GROUPS: tl.constexpr, ROW_STATS: tl.constexpr,
+    N_GROUPS: tl.constexpr, GROUPS: tl.constexpr, TOPK: tl.constexpr, COLUMNS: tl.constexpr, POOL: tl.constexpr,
+    POOL_COLS: tl.constexpr, POOL_ROWS: tl.constexpr, FOLD: tl.constexpr, IN_TILE: tl.constexpr,
+    MAP: tl.constexpr, COUNT: tl.constexpr, HEAD_LIST: tl.constexpr, ROW_LIST: tl.constexpr,
+    N_QUERY_GROUPS: tl.constexpr, QUERY_GROUPS: tl.constexpr,
+):  # fmt: skip
+    """One block of rows of one head.
+
+    ``WEIGHT`` is 0 (none), 1 (the logarithm of weights is added to the scores: they act inside the softmax), 2 (p is
+    multiplied). ``FOLD`` leaves the scale to the exponent's multiply-add, where nothing between them needs scores in their own
+    unit. ``COUNT`` replaces p by 1 on visible keys, for ``received_rows``. ``OUTPUT_GROUPS`` restricts the product
+    with v to the keys of group ``program_id(1)``.
+    """
+    # Heads of one block of rows run side by side (they share keys and values in L2), the longest rows first: under a causal
+    # mask the last programs to start are then the shortest.
+    n_bh = n_samples * n_heads_read
+    pid = tl.program_id(0)
+    bh = pid % n_bh
+    block = tl.num_programs(0) // n_bh - 1 - pid // n_bh
+    b = (bh // n_heads_read).to(tl.int64)
+    hs = bh % n_heads_read
+    h = hs.to(tl.int64)
+    if HEAD_LIST:
+        h = tl.load(heads_ptr + hs)
+    kv = h // KV_GROUP
+
+    # Rows
+    place = block * BM + tl.arange(0, BM)
+    if ROW_LIST:
+        row_ok = place < n_rows
+        rows = tl.load(rows_ptr + place, mask=row_ok, other=0).to(tl.int32)
+        first_row = tl.min(tl.where(row_ok, rows, n_queries), axis=0)
+        last_row = tl.max(tl.where(row_ok, rows, 0), axis=0)
+    else:
+        row_ok = place < n_queries
+        rows = place
+        first_row = block * BM
+        last_row = tl.minimum(first_row + BM, n_queries) - 1
+    rows = tl.where(row_ok, rows, 0)
+    q_slot = rows + delta
+    head_row = bh.to(tl.int64) * n_queries
+
+    dims = tl.arange(0, D)
+    if not COUNT:
+        q_at = q_ptr + b * q_b + h * q_h + rows.to(tl.int64)[:, None] * q_m + dims[None, :]
+        q = tl.load(q_at, mask=row_ok[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+    k_base = k_ptr + b * k_b + kv * k_h
+    v_base = v_ptr + b * v_b + kv * v_h
+    v_dims = tl.arange(0, DV)
+
+    if ROW_SCALE:
+        divisor = tl.load(
+            row_scale_ptr + b * row_scale_b + h * row_scale_h + rows * row_scale_q, mask=row_ok, other=1.0
+        )
+        row_scale = scale / divisor.to(tl.float32)
+    else:
+        row_scale = tl.zeros([BM], tl.float32) + scale
+    if not SOFTCAP:
+        row_scale = row_scale * LOG2E
+    bits = tl.zeros([BM], tl.int32) + bits_all
+    if BITS:
+        bits = bits | tl.load(bits_ptr + b * bits_b + h * bits_h + rows * bits_q, mask=row_ok, other=0).to(tl.int32)
+    if UNIFORM:
+        uniform = (bits & UNIFORM_BIT) != 0
+    if THRESHOLD:
+        threshold_at = threshold_ptr + b * threshold_b + h * threshold_h + rows * threshold_q
+        threshold = tl.load(threshold_at, mask=row_ok, other=0.0).to(tl.float32) * LOG2E
+    if QUERY_GROUPS:
+        query_group = tl.load(query_groups_ptr + b * query_groups_b + rows, mask=row_ok, other=-1).to(tl.int32)
+    else:
+        query_group = tl.where(row_ok, 0, -1)
+    counted = tl.where(query_group >= 0, 1.0, 0.0)
+    if N_QUERY_GROUPS > 1:
+        lowest_group = tl.min(tl.where(query_group >= 0, query_group, 127), axis=0)
+        highest_group = tl.max(query_group, axis=0)
+
+    # State
+    if GIVEN_LSE:
+        lse2 = tl.load(lse_ptr + (b * n_heads + h) * n_queries + rows, mask=row_ok, other=float("-inf"))
+        lse2 = tl.where(lse2 == float("-inf"), -HIDDEN, lse2 * LOG2E)
+        top = tl.zeros([BM], tl.float32)
+    else:
+        top = tl.zeros([BM], tl.float32) + float("-inf")
+    total = tl.zeros([BM], tl.float32)
+    surprise = tl.zeros([BM], tl.float32)
+    top_key = tl.zeros([BM], tl.int32) - 1
+    mass0 = tl.zeros([BM], tl.float32)
+    mass1, mass2, mass3, mass4, mass5, mass6, mass7 = mass0, mass0, mass0, mass0, mass0, mass0, mass0
+    if OUTPUT:
+        acc = tl.zeros([BM, DV], tl.float32)
+    if TOPK:
+        slots = tl.arange(0, 8)
+        best = tl.zeros([BM, 8], tl.float32)
+        best_key = tl.zeros([BM, 8], tl.int32) - 1 - slots[None, :]
+        worst = tl.zeros([BM], tl.float32)
+
+    # Which keys
+    lo = 0
+    hi = n_keys
+    if CAUSAL:
+        hi = tl.minimum(hi, last_row + delta + 1)
+    if RIGHT:
+        hi = tl.minimum(hi, last_row + delta + right + 1)
+    if LEFT:
+        lo = tl.maximum(lo, first_row + delta - left)
+    sink_slots = 0
+    if PADDING or SINK_WINDOW:
+        first_real = tl.load(first_ptr + b * first_b) - kv_offset
+    if PADDING:
+        lo = tl.maximum(lo, first_real)
+    hi = tl.maximum(hi, 0)
+    all_lo = lo  # from here to all_hi every row of the block sees every key
+    all_hi = hi
+    if CAUSAL:
+        all_hi = tl.minimum(all_hi, first_row + delta + 1)
+    if RIGHT:
+        all_hi = tl.minimum(all_hi, first_row + delta + right + 1)
+    if LEFT:
+        all_lo = tl.maximum(all_lo, last_row + delta - left)
+    sink_stop = 0
+    if SINK_WINDOW:
+        sw_sink = tl.load(sw_sink_ptr + h * sw_h)
+        sw_window = tl.load(sw_window_ptr + h * sw_window_h)
+        inside = tl.where(row_ok, bits & SINK_WINDOW_BIT, SINK_WINDOW_BIT) != 0
+        everywhere = tl.min(inside.to(tl.int32), axis=0) == 1
+        somewhere = tl.max((inside & row_ok).to(tl.int32), axis=0) == 1
+        if everywhere:
+            sink_stop = tl.minimum(tl.maximum(first_real + sw_sink, 0), hi)
+            sink_stop = tl.cdiv(sink_stop, BN) * BN
+            lo = tl.maximum(lo, tl.maximum(first_row + delta - sw_window + 1, sink_stop))
+            all_lo = tl.maximum(all_lo, last_row + delta - sw_window + 1)
+        elif somewhere:
+            all_hi = 0
+    lo = lo // BN * BN
+    if SINK_WINDOW:
+        lo = tl.maximum(lo, sink_stop)
+    hi = tl.maximum(hi, lo)
+    all_lo = tl.minimum(tl.cdiv(tl.maximum(all_lo, lo), BN) * BN, tl.cdiv(hi, BN) * BN)
+    all_hi = tl.maximum(tl.minimum(all_hi, hi) // BN * BN, all_lo)
+
+    for phase in tl.static_range(4):
+        # 0: the sink of a sink-and-window rule; 1: the left edge of a window; 2: no mask needed; 3: the right edge
+        if (PHASES >> phase) & 1:
+            if LISTS:
+                start, stop, step = 0, tl.load(lists_ptr + h * list_h + block * list_q), 1
+            elif phase == 0:
+                start, stop, step = 0, sink_stop, BN
+            elif phase == 1:
+                start, stop, step = lo, all_lo, BN
+            elif phase == 2:
+                start, stop, step = all_lo, all_hi, BN
+            else:
+                start, stop, step = all_hi, hi, BN
+                if ALWAYS_MASK:
+                    start = lo
+            for at in tl.range(start, stop, step):
+                n0 = at
+                if LISTS:
+                    n0 = tl.load(lists_ptr + h * list_h + block * list_q + 1 + at) * BN
+                cols = n0 + tl.arange(0, BN)
+                col_ok = cols < n_keys
+                if EDIT_GROUPS:
+                    edit_group = tl.load(edit_groups_ptr + b * edit_groups_b + cols, mask=col_ok, other=-1).to(tl.int32)
+
+                # Scores
+                if COUNT:
+                    x = tl.zeros([BM, BN], tl.float32)
+                else:
+                    k_at = k_base + cols.to(tl.int64)[None, :] * k_n + dims[:, None]
+                    if (phase != 2) and (D != HEAD_DIM):
+                        kt = tl.load(k_at, mask=col_ok[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)
+                    elif phase != 2:
+                        kt = tl.load(k_at, mask=col_ok[None, :], other=0.0)
+                    elif D != HEAD_DIM:
+                        kt = tl.load(k_at, mask=(dims < HEAD_DIM)[:, None], other=0.0)
+                    else:
+                        kt = tl.load(k_at)
+                    x = product(q, kt, UPCAST, PRECISION)
+                    if not FOLD:
+                        x *= row_scale[:, None]
+                    if SOFTCAP:
+                        x = capped(x, softcap) * LOG2E
+
+                # Visibility and what changes scores
+                if phase != 2:
+                    visible = col_ok[None, :] & row_ok[:, None]
+                    if CAUSAL:
+                        visible = visible & (cols[None, :] <= q_slot[:, None])
+                    if LEFT:
+                        visible = visible & (cols[None, :] >= q_slot[:, None] - left)
+                    if RIGHT:
+                        visible = visible & (cols[None, :] <= q_slot[:, None] + right)
+                    if PADDING:
+                        real = tl.load(padding_ptr + b * padding_b + cols, mask=col_ok, other=0)
+                        visible = visible & (real != 0)[None, :]
+                    if DENSE:
+                        dense_at = dense_ptr + b * dense_b + h * dense_h + rows.to(tl.int64)[:, None] * dense_q
+                        seen = tl.load(dense_at + cols[None, :], mask=visible, other=0)
+                        visible = visible & (seen != 0)
+                    if SINK_WINDOW:
+                        kept = (cols - first_real < sw_sink)[None, :] | (q_slot[:, None] - cols[None, :] < sw_window)
+                        visible = visible & (kept | ((bits & SINK_WINDOW_BIT) == 0)[:, None])
+                    if BLOCKS:
+                        block_at = blocks_ptr + h * blocks_h + ((rows + q_offset) // blocks_size)[:, None] * blocks_q
+                        allowed = tl.load(
+                            block_at + ((cols + kv_offset) // blocks_size)[None, :], mask=visible, other=0
+                        )
+                        visible = visible & ((allowed != 0) | ((bits & BLOCKS_BIT) == 0)[:, None])
+                    if N_COORDS:
+                        close = near(
+                            near_q_ptr, near_k_ptr, b * near_qb, b * near_kb, rows, row_ok, cols, col_ok,
+                            tl.load(near_radius_ptr + h * near_h), N_COORDS,
+                        )  # fmt: skip
+                        visible = visible & (close | ((bits & NEIGHBOURHOOD_BIT) == 0)[:, None])
+                    if N_DROP:
+                        drop_row = b * drop_b + h * drop_h + rows * drop_q
+                        visible = visible & ~dropped(drop_ptr, drop_row, row_ok, cols + kv_offset, N_DROP)
+                    if BIAS:
+                        bias_at = bias_ptr + b * bias_b + h * bias_h + rows.to(tl.int64)[:, None] * bias_q
+                        bias = tl.load(bias_at + cols[None, :], mask=visible, other=0.0).to(tl.float32)
+                        visible = visible & (bias > bias_hidden)
+                        x = x + tl.where(bias > bias_hidden, bias, 0.0) * LOG2E
+                    if BETA:
+                        beta_row = b * beta_b + h * beta_h + rows * beta_q
+                        beta = by_group(beta_ptr, beta_row, row_ok, edit_group, EDIT_GROUPS, 0.0)
+                        x = x + beta * tl.abs(x)
+                    if THRESHOLD:
+                        visible = visible & (x >= threshold[:, None])
+                    if UNIFORM:
+                        x = tl.where(uniform[:, None], 0.0, x)
+                    x = tl.where(visible, x, HIDDEN)
+                elif UNIFORM:
+                    x = tl.where(uniform[:, None], 0.0, x)
+                if WEIGHT:
+                    weight_row = b * weight_b + h * weight_h + rows * weight_q
+                    weight = by_group(weight_ptr, weight_row, row_ok, edit_group, EDIT_GROUPS, 1.0)
+                    if WEIGHT == 1:
+                        x = tl.where(weight > 0, x + tl.log2(weight), HIDDEN)
+
+                # Probabilities: final, or relative to the largest score so far
+                if COUNT:
+                    p = tl.where(x > DEAD, 1.0, 0.0)
+                elif GIVEN_LSE:
+                    if FOLD:
+                        x = x * row_scale[:, None] - lse2[:, None]
+                    else:
+                        x = x - lse2[:, None]
+                    p = tl.exp2(x)
+                    if WEIGHT == 2:
+                        p = p * weight
+                    if ROW_STATS:
+                        if WEIGHT == 2:
+                            surprise -= tl.sum(p * tl.where(weight > 0, x + tl.log2(weight), 0.0), 1)
+                        else:
+                            surprise -= tl.sum(p * x, 1)
+                else:
+                    largest_raw = tl.max(x, 1)
+                    largest = largest_raw
+                    if FOLD:
+                        largest *= row_scale
+                    new_top = tl.maximum(top, largest)
+                    if ROW_STATS:
+                        rises = largest > top
+                        if tl.max(rises.to(tl.int32), 0) > 0:
+                            which = tl.min(tl.where(x == largest_raw[:, None], cols[None, :], 2147483647), 1)
+                            top_key = tl.where(rises, which, top_key)
+                    if FOLD:
+                        x = x * row_scale[:, None] - new_top[:, None]
+                    else:
+                        x = x - new_top[:, None]
+                    p = tl.exp2(x)
+                    fade = tl.exp2(top - new_top)
+                    if ROW_STATS:
+                        # (top - new_top) * total is 0 * 0 with an infinite factor in the first tile.
+                        shift = tl.where(total > 0, (top - new_top) * total, 0.0)
+                        surprise = fade * (surprise + shift) + tl.sum(p * x, 1)
+                        mass0 *= fade
+                        mass1 *= fade
+                        mass2 *= fade
+                        mass3 *= fade
+                        mass4 *= fade
+                        mass5 *= fade
+                        mass6 *= fade
+                        mass7 *= fade
+                    total *= fade
+                    top = new_top
+                    if OUTPUT:
+                        acc *= fade[:, None]
+                    if WEIGHT == 2:
+                        total += tl.sum(p, 1)
+                        p = p * weight
+
+                # What is read off the tile
+                if IN_TILE:
+                    in_tile = tl.sum(p, 1)
+                    total += in_tile
+                    if ROW_STATS and (not GROUPS):
+                        mass0 += in_tile
+                    elif ROW_STATS:
+                        only = tl.load(block_groups_ptr + b * (groups_b > 0) * tl.cdiv(n_keys, BN) + n0 // BN).to(
+                            tl.int32
+                        )
+                        if only != -2:
+                            mass0 += tl.where(only == 0, in_tile, 0.0)
+                            if N_GROUPS > 1:
+                                mass1 += tl.where(only == 1, in_tile, 0.0)
+                            if N_GROUPS > 2:
+                                mass2 += tl.where(only == 2, in_tile, 0.0)
+                            if N_GROUPS > 3:
+                                mass3 += tl.where(only == 3, in_tile, 0.0)
+                            if N_GROUPS > 4:
+                                mass4 += tl.where(only == 4, in_tile, 0.0)
+                            if N_GROUPS > 5:
+                                mass5 += tl.where(only == 5, in_tile, 0.0)
+                            if N_GROUPS > 6:
+                                mass6 += tl.where(only == 6, in_tile, 0.0)
+                            if N_GROUPS > 7:
+                                mass7 += tl.where(only == 7, in_tile, 0.0)
+                        else:
+                            kind = tl.load(groups_ptr + b * groups_b + cols, mask=col_ok, other=-1).to(tl.int32)
+                            mass0 += tl.sum(tl.where((kind == 0)[None, :], p, 0.0), 1)
+                            if N_GROUPS > 1:
+                                mass1 += tl.sum(tl.where((kind == 1)[None, :], p, 0.0), 1)
+                            if N_GROUPS > 2:
+                                mass2 += tl.sum(tl.where((kind == 2)[None, :], p, 0.0), 1)
+                            if N_GROUPS > 3:
+                                mass3 += tl.sum(tl.where((kind == 3)[None, :], p, 0.0), 1)
+                            if N_GROUPS > 4:
+                                mass4 += tl.sum(tl.where((kind == 4)[None, :], p, 0.0), 1)
+                            if N_GROUPS > 5:
+                                mass5 += tl.sum(tl.where((kind == 5)[None, :], p, 0.0), 1)
+                            if N_GROUPS > 6:
+                                mass6 += tl.sum(tl.where((kind == 6)[None, :], p, 0.0), 1)
+                            if N_GROUPS > 7:
+                                mass7 += tl.sum(tl.where((kind == 7)[None, :], p, 0.0), 1)
+                if GIVEN_LSE and (ROW_STATS or TOPK):
+                    largest = tl.max(p, 1)
+                    if ROW_STATS:
+                        rises = largest > top
+                        if tl.max(rises.to(tl.int32), 0) > 0:
+                            which = tl.min(tl.where(p == largest[:, None], cols[None, :], 2147483647), 1)
+                            top_key = tl.where(rises, which, top_key)
+                        top = tl.maximum(top, largest)
+                    if TOPK:
+                        left_over = p
+                        rises = largest > worst
+                        while tl.max(rises.to(tl.int32), 0) > 0:
+                            which = tl.min(tl.where(left_over == largest[:, None], cols[None, :], 2147483647), 1)
+                            # Of equal entries the one with the highest key gives way.
+                            leaves = tl.max(tl.where(best == worst[:, None], best_key, -2147483648), 1)
+                            replaced = (best_key == leaves[:, None]) & (best == worst[:, None]) & rises[:, None]
+                            best = tl.where(replaced, largest[:, None], best)
+                            best_key = tl.where(replaced, which[:, None], best_key)
+                            worst = tl.min(tl.where((slots < TOPK)[None, :], best, 2.0e38), 1)
+                            taken = (cols[None, :] == which[:, None]) & rises[:, None]
+                            left_over = tl.where(taken, -1.0, left_over)
+                            largest = tl.max(left_over, 1)
+                            rises = largest > worst
+                if COLUMNS:
+                    part_at = part_ptr + (bh.to(tl.int64) * N_QUERY_GROUPS * part_rows + block) * n_keys + cols
+                    if N_QUERY_GROUPS == 1:
+                        tl.store(part_at, tl.sum(p * counted[:, None], 0), mask=col_ok)
+                    else:
+                        for g in tl.static_range(N_QUERY_GROUPS):
+                            if (g >= lowest_group) & (g <= highest_group):
+                                chosen = tl.where(query_group == g, 1.0, 0.0)
+                                summed = tl.sum(p * chosen[:, None], 0)
+                                tl.store(part_at + tl.cast(part_rows, tl.int64) * n_keys * g, summed, mask=col_ok)
+                if POOL:
+                    if POOL_COLS == BN:
+                        across = (in_tile * counted)[:, None]
+                    else:
+                        across = tl.sum(tl.reshape(p * counted[:, None], (BM, BN // POOL_COLS, POOL_COLS)), 2)
+                    pooled = tl.sum(tl.reshape(across, (BM // POOL_ROWS, POOL_ROWS, BN // POOL_COLS)), 1)
+                    pool_row = block * (BM // POOL_ROWS) + tl.arange(0, BM // POOL_ROWS)
+                    pool_col = n0 // POOL_COLS + tl.arange(0, BN // POOL_COLS)
+                    pool_at = pool_ptr + bh.to(tl.int64) * pool_h + pool_row[:, None] * pool_q + pool_col[None, :]
+                    tl.store(pool_at, pooled, mask=(pool_col < tl.cdiv(n_keys, POOL_COLS))[None, :])
+                if MAP:
+                    map_at = map_ptr + bh.to(tl.int64) * map_h + place.to(tl.int64)[:, None] * n_keys + cols[None, :]
+                    tl.store(map_at, p, mask=row_ok[:, None] & col_ok[None, :])
+                if OUTPUT:
+                    if OUTPUT_GROUPS:
+                        member = tl.load(groups_ptr + b * groups_b + cols, mask=col_ok, other=-1).to(tl.int32)
+                        p = tl.where((member == tl.program_id(1))[None, :], p, 0.0)
+                    v_at = v_base + cols.to(tl.int64)[:, None] * v_n + v_dims[None, :]
+                    if (phase != 2) and (DV != V_DIM):
+                        v = tl.load(v_at, mask=col_ok[:, None] & (v_dims < V_DIM)[None, :], other=0.0)
+                    elif phase != 2:
+                        v = tl.load(v_at, mask=col_ok[:, None], other=0.0)
+                    elif DV != V_DIM:
+                        v = tl.load(v_at, mask=(v_dims < V_DIM)[None, :], other=0.0)
+                    else:
+                        v = tl.load(v_at)
+                    if UPCAST:
+                        acc = product_add(p, v, acc, UPCAST, PRECISION)
+                    else:
+                        acc = product_add(p.to(v.dtype), v, acc, UPCAST, PRECISION)
+
+    # The end of the softmax
+    row_at = head_row + rows
+    if SINKS:
+        sink = tl.load(sinks_ptr + h).to(tl.float32) * LOG2E
+    if not GIVEN_LSE and not COUNT:
+        alive = top > DEAD
+        top = tl.where(alive, top, 0.0)
+        total = tl.where(alive, total, 0.0)
+        lse2 = tl.where(alive, top + tl.log2(tl.where(alive, total, 1.0)), float("-inf"))
+        before = lse2
+        if SINKS:
+            higher = tl.maximum(lse2, sink)
+            with_sink = higher + tl.log2(tl.exp2(lse2 - higher) + tl.exp2(sink - higher))
+            if UNIFORM:
+                with_sink = tl.where(uniform, lse2, with_sink)
+            lse2 = with_sink
+        # exp2(top - lse2): what turns sums relative to the largest score into sums of probabilities
+        norm = tl.where(alive, tl.exp2(top - lse2), 0.0)
+        tl.store(lse_ptr + (b * n_heads + h) * n_queries + rows, lse2 * LN2, mask=row_ok)
+        if ROW_STATS:
+            whole = total * norm
+            surprise = tl.where(alive, ((lse2 - top) * whole - surprise * norm), 0.0)
+            tl.store(top_weight_ptr + row_at, norm, mask=row_ok)
+            has_mass = norm > 0
+            mass0 *= norm
+            mass1 *= norm
+            mass2 *= norm
+            mass3 *= norm
+            mass4 *= norm
+            mass5 *= norm
+            mass6 *= norm
+            mass7 *= norm
+        if OUTPUT:
+            acc *= norm[:, None]
+    elif ROW_STATS:
+        tl.store(top_weight_ptr + row_at, top, mask=row_ok)
+        has_mass = top > 0
+    if ROW_STATS:
+        tl.store(top_key_ptr + row_at, tl.where(has_mass, top_key + kv_offset, -1), mask=row_ok)
+        tl.store(entropy_ptr + row_at, surprise * LN2, mask=row_ok)
+        if SINKS:
+            share = tl.exp2(sink - lse2)
+            if UNIFORM:
+                share = tl.where(uniform, 0.0, share)
+            tl.store(share_ptr + row_at, share, mask=row_ok)
+        mass_at = mass_ptr + row_at * N_GROUPS
+        tl.store(mass_at, mass0, mask=row_ok)
+        if N_GROUPS > 1:
+            tl.store(mass_at + 1, mass1, mask=row_ok)
+        if N_GROUPS > 2:
+            tl.store(mass_at + 2, mass2, mask=row_ok)
+        if N_GROUPS > 3:
+            tl.store(mass_at + 3, mass3, mask=row_ok)
+        if N_GROUPS > 4:
+            tl.store(mass_at + 4, mass4, mask=row_ok)
+        if N_GROUPS > 5:
+            tl.store(mass_at + 5, mass5, mask=row_ok)
+        if N_GROUPS > 6:
+            tl.store(mass_at + 6, mass6, mask=row_ok)
+        if N_GROUPS > 7:
+            tl.store(mass_at + 7, mass7, mask=row_ok)
+    if TOPK:
+        best_at = row_at[:, None] * 8 + slots[None, :]
+        tl.store(topk_weight_ptr + best_at, best, mask=row_ok[:, None])
+        tl.store(topk_key_ptr + best_at, tl.where(best > 0, best_key + kv_offset, -1), mask=row_ok[:, None])
+    if OUTPUT:
+        if GAIN:
+            gain_at = gain_ptr + b * gain_b + h * gain_h + rows * gain_q
+            acc *= tl.load(gain_at, mask=row_ok, other=0.0).to(tl.float32)[:, None]
+        z_at = z_ptr + b * z_b + hs.to(tl.int64) * z_h + place.to(tl.int64)[:, None] * z_m + v_dims[None, :]
+        if OUTPUT_GROUPS:
+            z_at += tl.program_id(1) * z_g
+        tl.store(z_at, acc.to(z_ptr.dtype.element_ty), mask=row_ok[:, None] & (v_dims < V_DIM)[None, :])

@@ -1,0 +1,82 @@
+"""What every kernel does to one tile of scores: score modifications and visibility.
+
+Scores are kept in units of log2 (``x = s * log2(e)``), so that ``exp2`` needs no further product. A hidden key scores
+:data:`HIDDEN`, finite so that ``p * x`` stays 0 instead of NaN.
+
+In the interpreter (TRITON_INTERPRET=1) bfloat16 is raw bits, on which arithmetic is silently wrong; ``UPCAST`` turns what
+was loaded into fp32 first.
+"""
+
+# Triton reads annotations, shapes and default arguments of jitted functions itself, which a type checker cannot follow.
+# pyright: basic
+
+import triton
+import triton.language as tl
+
+HIDDEN = tl.constexpr(-1.0e30)
+DEAD = tl.constexpr(-1.0e20)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+# Bits of the table that says what acts on a row.
+UNIFORM_BIT = tl.constexpr(1)
+SINK_WINDOW_BIT = tl.constexpr(2)
+BLOCKS_BIT = tl.constexpr(4)
+NEIGHBOURHOOD_BIT = tl.constexpr(8)
+
+
+@triton.jit
+def product(a, b, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    """``a @ b`` in fp32; ``PRECISION`` keeps fp32 operands out of TF32."""
+    if UPCAST:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def product_add(a, b, c, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    if UPCAST:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), c, input_precision="ieee")
+    return tl.dot(a, b, c, input_precision=PRECISION)
+
+
+@triton.jit
+def capped(s, cap):
+    """``cap * tanh(s / cap)``, written with exp2 because the interpreter has no tanh."""
+    y = tl.minimum(tl.abs(s) * (2.0 / cap), 60.0)
+    e = tl.exp2(-y * LOG2E)
+    t = (1.0 - e) / (1.0 + e)
+    return tl.where(s < 0, -cap * t, cap * t)
+
+
+@triton.jit
+def by_group(table, row_offset, row_ok, group_of_key, G: tl.constexpr, other):
+    """``table[row, group of key]`` as a tile, for a table whose last axis is contiguous and G wide."""
+    found = tl.zeros([row_offset.shape[0], group_of_key.shape[0]], tl.float32) + other
+    for g in tl.static_range(G):
+        value = tl.load(table + row_offset + g, mask=row_ok, other=0.0).to(tl.float32)
+        found = tl.where((group_of_key == g)[None, :], value[:, None], found)
+    return found
+
+
+@triton.jit
+def dropped(keys, row_offset, row_ok, position, N_DROP: tl.constexpr):
+    """True where a row's list names the key's absolute position."""
+    found = tl.zeros([row_offset.shape[0], position.shape[0]], tl.int1)
+    for n in tl.static_range(N_DROP):
+        key = tl.load(keys + row_offset + n, mask=row_ok, other=-1)
+        found = found | (key[:, None] == position[None, :])
+    return found
+
+
+@triton.jit
+def near(query_coords, key_coords, query_base, key_base, rows, row_ok, cols, col_ok, radius, N_COORDS: tl.constexpr):
+    """Chebyshev distance within ``radius``, or either side without a place (a negative coordinate)."""
+    within = tl.zeros([rows.shape[0], cols.shape[0]], tl.int1) | True
+    placeless = tl.zeros([rows.shape[0], cols.shape[0]], tl.int1)
+    for n in tl.static_range(N_COORDS):
+        i = tl.load(query_coords + query_base + rows * N_COORDS + n, mask=row_ok, other=-1)
+        j = tl.load(key_coords + key_base + cols * N_COORDS + n, mask=col_ok, other=-1)
+        within = within & (tl.abs(i[:, None] - j[None, :]) <= radius)
+        placeless = placeless | (i < 0)[:, None] | (j < 0)[None, :]
+    return within | placeless
