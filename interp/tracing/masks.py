@@ -25,9 +25,14 @@ class LazyMask:
     def __init__(self, implementation: str, arguments: Mapping[str, Any]) -> None:
         self.implementation = implementation
         self.arguments = dict(arguments)
+        for name in ("q_offset", "kv_offset"):
+            if isinstance(self.arguments.get(name), Tensor):
+                # A static cache hands over its own counter, which the first layer moves on in place.
+                self.arguments[name] = self.arguments[name].clone()
         self._native: Any = _MISSING
         self._dense: Tensor | None = None
         self._description: Mask | None = None
+        self._contiguous = False
 
     @property
     def shape(self) -> torch.Size:
@@ -56,7 +61,14 @@ class LazyMask:
 
             build: Callable[..., Any] | None = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.get(self.implementation)  # pyright: ignore[reportPrivateUsage]
             self._native = None if build is None else build(**self.arguments)
+        if self._contiguous and isinstance(self._native, Tensor):
+            self._native = self._native.contiguous()
         return self._native
+
+    def contiguous(self) -> LazyMask:
+        """Itself: generation with a static cache asks for this, and must not get a tensor where the model would get None."""
+        self._contiguous = True
+        return self
 
     def dense(self) -> Tensor:
         """A tensor in the native format, for model code that computes with masks; never None."""

@@ -29,6 +29,8 @@ def begin_run(
         return
     run.forwards += 1
     run.past_length = _cached(inputs.get("past_key_values"))
+    if run.generating and _start_was_put_before(run, inputs):
+        run.prompt_length = (run.prompt_length or 0) + 1
     if not run.generating:
         run.prompt_length = run.past_length + _new_positions(run, inputs)
 
@@ -71,6 +73,18 @@ def _new_positions(run: RunState, inputs: dict[str, Any]) -> int:
         if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1]:
             return value.shape[1]
     return 1 if encoder_decoder else 0
+
+
+def _start_was_put_before(run: RunState, inputs: dict[str, Any]) -> bool:
+    """Did generate put its start token before the decoder's prompt that it was given?"""
+    given, fed = run.inputs.get("decoder_input_ids"), inputs.get("decoder_input_ids")
+    if not (isinstance(given, Tensor) and isinstance(fed, Tensor)) or run.prompt_length != given.shape[1]:
+        return False
+    length = given.shape[1]
+    later = fed[0, 1 : length + 1]
+    return (
+        run.past_length == 0 and len(later) == length and bool((later == given[0]).all()) and fed[0, 0] != given[0, 0]
+    )
 
 
 def generation_options(

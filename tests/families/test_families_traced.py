@@ -67,6 +67,32 @@ def _statistics_equal_those_of_the_maps(data, maps):
     assert np.abs(z - parts)[both].max() < 1e-4
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", families())
+def test_generation_is_bit_equal_while_tracing(name, cache):
+    specimen = build(name)
+    if not specimen.generates:
+        pytest.skip(f"{name} does not generate")
+
+    def generate():
+        result = specimen.module.generate(
+            **specimen.inputs, max_new_tokens=4, do_sample=False, cache_implementation=cache, disable_compile=True,
+            output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        return result.sequences, torch.stack(result.logits)
+
+    try:
+        tokens, plain = generate()
+    except RuntimeError as error:
+        pytest.skip(f"the plain model cannot generate with a {cache} cache in this transformers: {error}")
+    with interp.hooked(specimen.module, capture=interp.Capture(row_stats=True, received=True)) as run:
+        again, traced = generate()
+    assert torch.equal(tokens, again)
+    assert torch.equal(plain, traced)
+    phase = run.trace["text"]["phase"].values
+    assert (phase == "generated").sum() == 3
+
+
 @pytest.mark.parametrize("name", families())
 def test_check_passes_and_nothing_is_left(name):
     specimen = build(name)

@@ -523,7 +523,9 @@ def test_a_really_full_disk(tmp_path: Path) -> None:
 
 
 SLOW_SAVE = """
-import sys, time
+import signal, sys, time
+# A shell that starts the tests in the background has them ignore Ctrl-C, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import numpy as np, xarray as xr
 from interp.tracing import zarr_files
 from interp.tracing.trace import Trace
