@@ -175,6 +175,10 @@ def _weights(place: str, dtype: Any, device: Any, hub: Mapping[str, Any], option
     chosen = model_class(config, trust_remote_code=trusted)
     # A concrete class has no use for trust_remote_code and would hand it to the model's constructor.
     asked = {**hub, **options}
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if capped and "attn_implementation" not in asked and getattr(config, "_attn_implementation_internal", None) is None:
+        # SDPA has no softcap: transformers 5.17 still takes it for Gemma 2 and drops the cap; later releases take eager.
+        asked["attn_implementation"] = "eager"
     if not chosen.__name__.startswith("Auto"):
         asked.pop("trust_remote_code")
     module, report = chosen.from_pretrained(

@@ -68,6 +68,8 @@ def gemma2(draw: Draw) -> Specimen:
         draw,
         Gemma2ForCausalLM,
         Gemma2Config,
+        # transformers 5.17 would take SDPA, which drops the softcap there; later releases take eager themselves.
+        attn_implementation="eager",
         num_hidden_layers=4,
         sliding_window=8,
         attn_logit_softcapping=3.0,

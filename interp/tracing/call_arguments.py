@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -54,6 +55,12 @@ def site_call(
     if sinks is None:
         own = getattr(module, "sinks", None)
         sinks = own if isinstance(own, Tensor) else None
+    if options.get("softcap") is not None and entry_implementation(getattr(module, "config", None)) == "sdpa":
+        warnings.warn(
+            f"{site.name} has a softcap of {options['softcap']}, which SDPA drops without a word in this transformers: the model "
+            "runs without it, readings and edits have it. Load the model with attn_implementation='eager'",
+            stacklevel=2,
+        )
     scale = options.get("scaling")
     seen = replace(
         site, n_heads=query.shape[1], n_kv_heads=key.shape[1], head_dim=query.shape[-1], v_head_dim=value.shape[-1]

@@ -71,6 +71,13 @@ def hub_cache(tmp_path: Path, source: Path, name: str, commit: str) -> Path:
     return tmp_path
 
 
+def test_a_model_with_a_softcap_is_loaded_where_it_is_applied(tmp_path: Path) -> None:
+    build("gemma2").module.save_pretrained(tmp_path)
+    model = load(tmp_path, device="cpu")
+    assert model.config._attn_implementation == "eager"
+    assert torch.equal(logits(model), logits(build("gemma2").module))
+
+
 def test_hub_id_with_revision(llama_folder: Path, tmp_path: Path) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     cache = hub_cache(tmp_path, llama_folder, "some-lab/tiny-llama", commit)

@@ -305,6 +305,24 @@ def test_output_attentions_warns_and_says_what_to_use(llama):
     assert any("Capture(attention=True)" in str(w.message) for w in caught)
 
 
+def test_a_softcap_that_sdpa_drops_is_told(monkeypatch):
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def as_in_transformers_5_17(*args, softcap=None, **options):
+        return plain(*args, **options)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", as_in_transformers_5_17)
+    gemma = build("gemma2")
+    for implementation, told in (("sdpa", True), ("eager", False)):
+        gemma.module.config._attn_implementation_internal = implementation
+        with warnings.catch_warnings(record=True) as caught, torch.no_grad(), interp.hooked(gemma.module, capture=ROWS):
+            warnings.simplefilter("always")
+            gemma.module(ids_of(gemma))
+        assert any("softcap of 3.0, which SDPA drops" in str(w.message) for w in caught) is told
+
+
 def test_users_own_hooks_keep_working(llama):
     seen = []
     handle = llama.module.model.layers[0].self_attn.o_proj.register_forward_pre_hook(
@@ -320,12 +338,20 @@ def test_users_own_hooks_keep_working(llama):
 def test_static_cache_and_four_dimensional_masks(llama):
     ids = ids_of(llama)
     capture = interp.Capture(attention=True)
-    plain = llama.module.generate(ids, max_new_tokens=4, do_sample=False)
+
+    def generate():
+        result = llama.module.generate(
+            ids, max_new_tokens=4, do_sample=False, cache_implementation="static", disable_compile=True,
+            output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        return result.sequences, torch.stack(result.logits)
+
+    plain, plain_logits = generate()
     with interp.hooked(llama.module, capture=capture) as run:
-        out = llama.module.generate(
-            ids, max_new_tokens=4, do_sample=False, cache_implementation="static", disable_compile=True
-        )
+        out, logits = generate()
     assert torch.equal(plain, out)
+    assert torch.equal(plain_logits, logits)
+    assert run.trace["text"]["query"].values.tolist() == list(range(13))
     mask = torch.ones(1, 1, 13, 13).tril().bool()
     with torch.no_grad(), interp.hooked(llama.module, capture=capture) as whole:
         llama.module(out[:, :-1], attention_mask=mask)
