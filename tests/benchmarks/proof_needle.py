@@ -152,11 +152,14 @@ def gemma(needles: int, length: int, n_text_sets: int, seed: int = 0) -> list[Ro
             "plain log-probability": float(base.mean()),
         }
     ]
+    singles = np.stack([as_mask([head], score.shape) for head in heads])
     for kind in KINDS:
         logs, exact = outcomes(model, tests, sets, kind)
         change, match = (logs - base).mean(0), exact.mean(0)
-        with_head = {p: np.array([p in q for q in quartets]) for p in heads}
-        effect = {p: float(change[has].mean() - change[~has].mean()) for p, has in with_head.items()}
+        one = (outcomes(model, tests, singles, kind)[0] - base).mean(0)
+        order = np.argsort(one, kind="stable")
+        strongest = heads[int(order[0])]
+        has = np.array([strongest in q for q in quartets])
         rows.append(
             {
                 "what": f"{kind}, 4 of 12 heads",
@@ -174,9 +177,12 @@ def gemma(needles: int, length: int, n_text_sets: int, seed: int = 0) -> list[Ro
                 "mean exact match": float(match.mean()),
                 "exact p of exact match": float((match <= match[mine]).mean()),
                 "rank correlation of summed score and change": rank_correlation(scores, change),
-                "effect of a head": ", ".join(
-                    f"L{a}H{b} {effect[a, b]:.2f}" for a, b in sorted(heads, key=effect.__getitem__)
-                ),
+                "each head alone": ", ".join(f"L{heads[n][0]}H{heads[n][1]} {one[n]:.2f}" for n in order),
+                "strongest head alone": named([strongest]),
+                "sets with it": int(has.sum()),
+                "rank among sets with it": int((change[has] < change[mine]).sum()) + 1 if has[mine] else None,
+                "exact match, sets with it": float(match[has].mean()),
+                "exact match, sets without it": float(match[~has].mean()),
             }
         )
         print(rows[-1], flush=True)
