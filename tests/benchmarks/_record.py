@@ -24,7 +24,7 @@ PACKAGES = ("headscope", "torch", "transformers", "xarray", "zarr", "numpy")
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one function: the median of ``repeats`` runs, and the quartiles around it."""
+    """Seconds (or ratios of them) of one function: the median of ``repeats`` runs, and the quartiles around it."""
 
     median: float
     low: float
@@ -37,6 +37,24 @@ def measure(functions: Mapping[str, Callable[[], object]], repeats: int = 9, war
 
     One after the other would give whatever else the machine does during one of them to that one alone.
     """
+    return {name: summary(values) for name, values in rounds(functions, repeats, warmup).items()}
+
+
+def measure_ratios(
+    functions: Mapping[str, Callable[[], object]], base: str, repeats: int = 9, warmup: int = 1
+) -> tuple[dict[str, Timing], dict[str, Timing]]:
+    """:func:`measure`, and each function's ratio to ``base`` in the same round: what slows both leaves it alone.
+
+    The ratios are medians of ratios with quartiles, for differences of a few percent.
+    """
+    seconds = rounds(functions, repeats, warmup)
+    timings = {name: summary(values) for name, values in seconds.items()}
+    pairs = {name: [a / b for a, b in zip(values, seconds[base], strict=True)] for name, values in seconds.items()}
+    return timings, {name: summary(values) for name, values in pairs.items()}
+
+
+def rounds(functions: Mapping[str, Callable[[], object]], repeats: int, warmup: int) -> dict[str, list[float]]:
+    """Seconds of each function in each round."""
     names = list(functions)
     for name in names * warmup:
         functions[name]()
@@ -48,7 +66,7 @@ def measure(functions: Mapping[str, Callable[[], object]], repeats: int = 9, war
             start = perf_counter()
             functions[name]()
             seconds[name].append(perf_counter() - start)
-    return {name: summary(values) for name, values in seconds.items()}
+    return seconds
 
 
 def summary(values: Sequence[float]) -> Timing:
@@ -162,11 +180,15 @@ def record(name: str, rows: Sequence[Mapping[str, object]], *, note: str = "") -
 
 
 def show(title: str, rows: Sequence[Mapping[str, object]], note: str = "") -> None:
-    """Print rows as a table."""
+    """Print rows as a table, or line by line where they have more columns than a terminal has room for."""
     from rich.console import Console
     from rich.table import Table
 
     columns = list(dict.fromkeys(key for row in rows for key in row))
+    if len(columns) > 10:
+        for row in rows:
+            Console().print("; ".join(f"{key} {_cell(value)}" for key, value in row.items()), soft_wrap=True)
+        return
     table = Table(title=title, caption=note or None)
     for column in columns:
         numeric = all(isinstance(row.get(column, 0), int | float) for row in rows)

@@ -16,7 +16,7 @@ SCRIPT = """
 import json, time
 from pathlib import Path
 import _record
-from _record import measure, peak_memory, record
+from _record import measure, measure_ratios, peak_memory, record
 
 def prepare(size, kept):
     import numpy
@@ -34,12 +34,14 @@ if __name__ == "__main__":
             time.sleep(seconds)
         return call
     timings = measure({"a": sleeper("a", 0.02), "b": sleeper("b", 0.06)}, repeats=4, warmup=1)
+    _, ratios = measure_ratios({"a": sleeper("a", 0.02), "b": sleeper("b", 0.06)}, "a", repeats=3, warmup=0)
     # The large array of the preparation must not be counted, nor hide what comes after it.
     peak = peak_memory(prepare, 64 << 20, 200 << 20)
     _record.RESULTS = Path("results")
     record("trial", [{"what": "a", "seconds": timings["a"].median}], note="a note")
     print(json.dumps({"order": "".join(order), "a": timings["a"].median, "b": timings["b"].median,
-                      "low": timings["b"].low, "growth": peak.growth, "before": peak.before}))
+                      "low": timings["b"].low,
+                      "ratio": [ratios["a"].median, ratios["b"].median], "growth": peak.growth, "before": peak.before}))
 """
 
 
@@ -57,7 +59,8 @@ def test_measure_peak_and_record(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     got = json.loads(done.stdout.splitlines()[-1])
-    assert got["order"] == "ab" + "ab" + "ba" + "ab" + "ba"
+    assert got["order"] == "ab" + "ab" + "ba" + "ab" + "ba" + "abbaab"
+    assert got["ratio"][0] == 1.0 and 2 < got["ratio"][1] < 3.5
     assert 0.02 <= got["a"] < got["low"] <= got["b"] and got["b"] >= 0.06
     assert 64 << 20 <= got["growth"] < 80 << 20
     assert got["before"] > 200 << 20
