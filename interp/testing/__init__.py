@@ -6,13 +6,16 @@ Nothing is downloaded: the models are built from configs. :func:`build` is what 
 from __future__ import annotations
 
 from interp.testing.budget import assert_within_error_budget
+from interp.testing.compare import Agreement, agreement
 from interp.testing.recompute import Recomputation, independent_maps, recompute
 from interp.testing.specimen import Specimen, Stack, build, families
 
 __all__ = [
+    "Agreement",
     "Recomputation",
     "Specimen",
     "Stack",
+    "agreement",
     "assert_within_error_budget",
     "build",
     "families",

@@ -83,7 +83,7 @@ def _start_was_put_before(run: RunState, inputs: dict[str, Any]) -> bool:
     length = given.shape[1]
     later = fed[0, 1 : length + 1]
     return (
-        run.past_length == 0 and len(later) == length and bool((later == given[0]).all()) and fed[0, 0] != given[0, 0]
+        run.past_length == 0 and len(later) == length and bool((later == given[0]).all() and fed[0, 0] != given[0, 0])
     )
 
 

@@ -51,8 +51,8 @@ def read_heads(model: Any, inputs: Mapping[str, Any]) -> dict[str, Floats]:
     return {
         "entropy": data["entropy"].values[..., CLASS_TOKEN].astype(np.float64),
         "mass on itself": class_row[..., CLASS_TOKEN],
-        "patches' mass on the class token": special[..., CLASS_TOKEN + 1 :].mean(-1),
-        "patches' distance": (grid.values * steps).sum(-1) / grid.values.sum(-1),
+        "mass of patches on the class token": special[..., CLASS_TOKEN + 1 :].mean(-1),
+        "distance of patches": (grid.values * steps).sum(-1) / grid.values.sum(-1),
         "overlap": overlap(class_row[..., CLASS_TOKEN + 1 :]),
     }
 

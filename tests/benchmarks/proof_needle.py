@@ -189,7 +189,7 @@ def gemma(needles: int, length: int, n_text_sets: int, seed: int = 0) -> list[Ro
     rng = np.random.default_rng(seed)
     others = [sets[n] for n in rng.permutation([n for n in range(len(sets)) if n != mine])[:n_text_sets]]
     rows.append(broken_model(model, "control, zero, no head", np.zeros(score.shape, bool), [], ""))
-    rows.append(broken_model(model, "control, zero, the chosen heads, every row", sets[mine], others, "other sets'"))
+    rows.append(broken_model(model, "control, zero, the chosen heads, every row", sets[mine], others, "other sets"))
     return rows
 
 

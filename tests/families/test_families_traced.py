@@ -5,66 +5,43 @@ import pytest
 import torch
 
 import interp
-from interp.checking import logits
-from interp.testing import build, families
+from interp.testing import agreement, build, families
+from interp.testing.compare import block_sums, errors_of_statistics
 
 TOLERANCE = 1e-5
+
+
+LIMITS = {
+    "entropy": 1e-4, "top_weight": TOLERANCE, "top_key": TOLERANCE, "mass": TOLERANCE, "row_attention": TOLERANCE,
+    "received": 1e-4, "pooled": 1e-4, "offset": 1e-3, "group_output": 1e-4,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", families())
 def test_family(name):
     specimen = build(name)
-    module = specimen.module
-    wanted = interp.Capture(
-        attention=True, row_stats=True, received=True, pooled=4, offset=True, topk=2, rows=[1], group_output=[1], z=True
-    )
-    with torch.no_grad():
-        plain = logits(module(**specimen.inputs))
-        with interp.hooked(module) as empty:
-            assert torch.equal(plain, logits(module(**specimen.inputs)))
-        with interp.hooked(module, capture=wanted) as run:
-            assert torch.equal(plain, logits(module(**specimen.inputs)))
-        assert torch.equal(plain, logits(module(**specimen.inputs)))
-    assert not empty.traces
-    trace = run.trace
-    assert "layout_problem" not in trace.attrs
-    assert {s: (trace[s].sizes["layer"], trace[s].sizes["head"]) for s in trace.stacks} == specimen.expected_stacks
-    expected = specimen.eager_maps() if specimen.eager_maps else {}
-    for stack in trace.stacks:
-        data = trace[stack]
-        maps = data["attention"].values
-        for layer, known in enumerate(expected.get(stack) or []):
-            if known is None:
-                assert np.isnan(maps[:, layer]).all()
-                continue
-            got = maps[:, layer]
-            assert np.nanmax(np.abs(got - known.float().numpy())) < TOLERANCE
-        _statistics_equal_those_of_the_maps(data, maps)
+    found = agreement(specimen)
+    assert found.bit_equal
+    assert "layout_problem" not in found.trace.attrs
+    assert found.stacks == specimen.expected_stacks
+    assert (found.eager is None) == (specimen.eager_maps is None)
+    assert found.eager is None or found.eager < TOLERANCE
+    assert set(found.statistics) >= set(LIMITS) - {"offset"}
+    for statistic, error in found.statistics.items():
+        assert error < LIMITS[statistic], statistic
 
 
-def _statistics_equal_those_of_the_maps(data, maps):
-    there = ~np.isnan(maps).all(-1)
-    p = np.nan_to_num(maps.astype(np.float64))
-    entropy = -np.sum(np.where(p > 0, p * np.log(np.maximum(p, 1e-300)), 0.0), -1)
-    assert np.abs(data["entropy"].values - entropy)[there].max() < 1e-4
-    assert np.abs(data["top_weight"].values - p.max(-1))[there].max() < TOLERANCE
-    top = data["top_key"].values
-    chosen = np.take_along_axis(p, np.maximum(top, 0)[..., None], -1)[..., 0]
-    assert np.abs(chosen - p.max(-1))[there].max() < TOLERANCE
-    assert np.abs(data["mass"].values.sum(-1) + data["sink_share"].values - 1.0)[there].max() < TOLERANCE
-    received = np.nan_to_num(data["received"].values).sum(3)
-    assert np.abs(received - p.sum(3)).max() < 1e-4
-    pooled = np.nan_to_num(data["pooled"].values)
-    assert np.abs(pooled.sum((-1, -2)) - p.sum((-1, -2))).max() < 1e-3
-    if "offset" in data:
-        assert np.abs(np.nan_to_num(data["offset"].values).sum(-1) - p.sum((-1, -2))).max() < 1e-3
-    row = data["row_attention"].values[..., 0, :]
-    place = data["query"].values.tolist().index(1)
-    both = there[..., place]
-    assert np.abs(row - p[..., place, :])[both].max() < TOLERANCE
-    z = data["z"].values[..., place, :]
-    parts = data["group_output"].values[..., 0, :, :].sum(-2)
-    assert np.abs(z - parts)[both].max() < 1e-4
+def test_a_wrong_reading_shows():
+    data = agreement(build("llama")).trace["text"]
+    for name, limit in LIMITS.items():
+        wrong = data.copy(deep=True)
+        values = wrong[name].values
+        values[..., -1] = 0 if name == "top_key" else values[..., -1] + 0.01
+        assert errors_of_statistics(wrong)[name] > limit, name
+    maps = data["attention"].values.astype(np.float64)
+    assert np.allclose(block_sums(maps, (1, 1))[..., 0, 0], maps.sum((-1, -2)))
+    with pytest.raises(ValueError, match="blocks must be"):
+        block_sums(maps, (5, 1))
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

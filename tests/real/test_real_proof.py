@@ -114,12 +114,12 @@ def test_the_class_tokens_heads_of_deit(shared: Path) -> None:
     row = maps[:, :, :, 0]
     np.testing.assert_allclose(got["entropy"], torch.special.entr(row).sum(-1).numpy(), atol=1e-4)
     np.testing.assert_allclose(got["mass on itself"], row[..., 0].numpy(), atol=1e-5)
-    np.testing.assert_allclose(got["patches' mass on the class token"], maps[..., 1:, 0].mean(-1).numpy(), atol=1e-5)
+    np.testing.assert_allclose(got["mass of patches on the class token"], maps[..., 1:, 0].mean(-1).numpy(), atol=1e-5)
     np.testing.assert_allclose(got["overlap"], overlap(row[..., 1:].numpy()), atol=1e-5)
     places = torch.stack(torch.meshgrid(torch.arange(14), torch.arange(14), indexing="ij"), -1).view(-1, 2).double()
     between = maps[..., 1:, 1:]
     distance = (between * torch.cdist(places, places)).sum((-1, -2)) / between.sum((-1, -2))
-    np.testing.assert_allclose(got["patches' distance"], distance.numpy(), atol=1e-3)
+    np.testing.assert_allclose(got["distance of patches"], distance.numpy(), atol=1e-3)
 
     # What the class token looks at depends on the photograph late in the network, hardly at all at its start.
     assert got["overlap"][:, 0].mean() > 0.7

@@ -1,0 +1,89 @@
+"""The benchmarks section of the README, from the recorded results.
+
+A results file is shown by the function registered for its name, or for the longest beginning of its name: ``shows("kernels_")``
+would get every ``kernels_*.json``. A file nobody shows is an error, so that no figure is left out in silence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from _results import RESULTS, where
+
+Show = Callable[[dict[str, Any]], str]
+_shows: dict[str, Show] = {}
+
+
+def shows(beginning: str) -> Callable[[Show], Show]:
+    """Register a function from the content of a results file to Markdown (a line, or lines with a table)."""
+
+    def register(function: Show) -> Show:
+        _shows[beginning] = function
+        return function
+
+    return register
+
+
+def section() -> str:
+    parts = []
+    for path in sorted(RESULTS.glob("*.json")):
+        if path.stem.startswith("proof_"):
+            continue
+        content = json.loads(path.read_text())
+        known = [beginning for beginning in _shows if path.stem.startswith(beginning)]
+        if not known:
+            raise ValueError(f"{path.name} must have a function that shows it in {__name__}.py, got none")
+        text = _shows[max(known, key=len)](content)
+        parts.append(f"- {text} *({where(content)}; `{path.stem}.json`)*")
+    return "\n".join(parts)
+
+
+def by(content: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:
+    return {row[key]: row for row in content["rows"]}
+
+
+@shows("import")
+def _import(content: dict[str, Any]) -> str:
+    rows = by(content, "step")
+    cost = rows["import interp, after them"]["seconds"]
+    return f"`import interp` costs **{cost:.3f} s** over `import torch, xarray` (promised: at most 0.5 s)."
+
+
+@shows("session")
+def _session(content: dict[str, Any]) -> str:
+    tasks = [
+        f"{row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f}) for a {row['task']}"
+        for row in content["rows"]
+        if "ratio" in row
+    ]
+    opening = by(content, "task")["opening and closing alone"]["hooked seconds"]
+    return (
+        "`hooked` that captures and changes nothing, against the plain model of SmolLM2-135M's shape, ratio of times, median "
+        f"(quartiles): **{'; '.join(tasks)}** (promised: under 1.03), {opening * 1e3:.1f} ms of it for opening and closing. "
+        "Nothing is left on the model."
+    )
+
+
+@shows("statistics_cpu")
+def _statistics_cpu(content: dict[str, Any]) -> str:
+    row = by(content, "way")["ours, output and all statistics"]
+    both = by(content, "way")["eager, output, map and statistics of it"]
+    return (
+        "Output and all row and column statistics of one causal call, N = 8192, 8 heads of 64, on a CPU: extra peak memory "
+        f"**{row['extra peak share of map']:.1%}** of the map's bytes (promised: under 5 %), time "
+        f"**{row['time ratio to eager with map']:.2f}** of eager attention that returns its map "
+        f"({row['seconds'] / both['seconds']:.2f} of eager that takes the same statistics from it)."
+    )
+
+
+@shows("long_prefill")
+def _long_prefill(content: dict[str, Any]) -> str:
+    rows = by(content, "way")
+    plain, read = rows["plain"], rows["hooked, row statistics"]
+    return (
+        "Hooked prefill of 32k tokens through 2 layers x 8 heads on a CPU, row statistics of every head: the peak grows by "
+        f"**{read['peak mib']:.0f} MiB** (plain model {plain['peak mib']:.0f} MiB), {read['share of a one-byte N x N']:.0%} of the "
+        f"smallest N x N tensor there could be and {read['share of the maps']:.1%} of the maps (promised: no N x N tensor)."
+    )
