@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from interp.attention import Edit, Mask
 from interp.models.anatomy import Anatomy, Site
-from interp.models.layout import Layout
+from interp.models.layout import Layout, layout
 
 
 @dataclass(eq=False)
@@ -28,7 +29,6 @@ class RunState:
             first forward.
         past_length: positions already in the cache when the current forward began.
         forwards: number of forwards so far, the current one included.
-        layouts: layout of each stack's prompt, empty where it could not be told (see ``layout_problem``).
         state: a dictionary for each intervention, new for every run.
     """
 
@@ -40,13 +40,22 @@ class RunState:
     prompt_length: int | None = None
     past_length: int = 0
     forwards: int = 0
-    layouts: Mapping[str, Layout] = field(default_factory=dict[str, Layout])
     layout_problem: str = ""
     state: dict[int, dict[str, Any]] = field(default_factory=dict[int, dict[str, Any]])
 
     def of(self, intervention: Any) -> dict[str, Any]:
         """The dictionary of one intervention, for what it fixes at prefill and reuses in decode."""
         return self.state.setdefault(id(intervention), {})
+
+    @cached_property
+    def layouts(self) -> Mapping[str, Layout]:
+        """Layout of each stack's prompt, empty where it could not be told (see ``layout_problem``)."""
+        try:
+            return layout(self.module, self.inputs, self.tokenizer)
+        except Exception as error:
+            # A layout is a convenience; a trace without one still holds every number.
+            self.layout_problem = f"{type(error).__name__}: {error}"
+            return {}
 
 
 @dataclass(eq=False)

@@ -89,7 +89,7 @@ def _original_function(module: nn.Module, implementation: str) -> Callable[..., 
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
 ) -> tuple[Tensor, Any]:
-    """The function registered as ``interp``: to the session that holds the module, else to the original."""
+    """To the session that holds the module, else to the original."""
     handler = _handlers.get(id(module))
     if handler is None:
         return call_original(module, query, key, value, attention_mask, **options)
@@ -97,7 +97,16 @@ def _attention(
 
 
 # A graph break: which session is open is not for the compiler to bake in.
-attention: Handler = cast(Handler, torch.compiler.disable(_attention))
+_uncompiled: Handler = cast(Handler, torch.compiler.disable(_attention))
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
+) -> tuple[Tensor, Any]:
+    """The function registered as ``interp``."""
+    # The way around the compiler costs as much as the rest of an idle call, so it is taken under the compiler alone.
+    function = _uncompiled if torch.compiler.is_compiling() else _attention
+    return function(module, query, key, value, attention_mask, **options)
 
 
 def mask(**arguments: Any) -> Any:

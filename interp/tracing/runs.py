@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from interp.models.layout import layout
 from interp.tracing.calls import RunState
 
 
@@ -22,7 +21,6 @@ def begin_run(
     inputs = _bound(sub.forward if forward else None, args, kwargs)
     if not run.inputs:
         run.inputs = {name: value for name, value in inputs.items() if value is not None}
-        _lay_out(run)
     if not forward:
         run.prompt_length = _cached(inputs.get("past_key_values"))
         run.prompt_length = _new_positions(run, inputs)
@@ -48,14 +46,6 @@ def _bound(function: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: d
         return bound
     except TypeError:
         return dict(kwargs)
-
-
-def _lay_out(run: RunState) -> None:
-    try:
-        run.layouts = layout(run.module, run.inputs, run.tokenizer)
-    except Exception as error:
-        # A layout is a convenience; a trace without one still holds every number.
-        run.layouts, run.layout_problem = {}, f"{type(error).__name__}: {error}"
 
 
 def _cached(cache: Any) -> int:

@@ -112,6 +112,8 @@ class Session:
                     del _installations[id(self.module)]
                     raise
             installation.sessions.append(self)
+            if self.selection is not None or self.interventions:
+                installation.watch_sites()
         return self
 
     def __exit__(
@@ -183,6 +185,7 @@ class Installation:
             self.sites[id(sub)] = site
         self.configs = _configs(module, shape)
         self.handles: list[Any] = []
+        self.watched: list[Any] = []
         self.chunks: dict[int, list[int]] = {}
         self.active: dict[int, list[nn.Module]] = {}
         self.generating: set[int] = set()
@@ -198,14 +201,20 @@ class Installation:
             if isinstance(sub, PreTrainedModel):
                 self.handles.append(sub.register_forward_pre_hook(disable(self._enter), with_kwargs=True, prepend=True))
                 self.handles.append(sub.register_forward_hook(disable(self._leave), with_kwargs=True, always_call=True))
-        self.handles.extend(sub.register_forward_pre_hook(disable(self._site_begins)) for sub in self.modules)
         if callable(getattr(self.module, "generate", None)):
             self._wrap_generate()
 
+    def watch_sites(self) -> None:
+        """Notice where a site begins: for sessions that look at its calls. A hook costs an idle one more than its calls."""
+        if not self.watched:
+            disable: Any = torch.compiler.disable
+            self.watched = [sub.register_forward_pre_hook(disable(self._site_begins)) for sub in self.modules]
+
     def undo(self) -> None:
-        for handle in self.handles:
+        for handle in (*self.handles, *self.watched):
             handle.remove()
         self.handles.clear()
+        self.watched.clear()
         if self._placed:
             dispatch.remove(self.modules, self.configs)
             self._placed = False

@@ -123,6 +123,23 @@ def test_sessions_nest_edits_add_up_and_each_keeps_its_traces(llama):
     assert (len(outer.traces), len(inner.traces)) == (2, 1)
 
 
+def test_a_capture_inside_an_idle_session_sees_where_sites_begin():
+    # A packed tower makes several calls a forward, which are told apart by where the module's forward began.
+    specimen = build("qwen2_5_vl")
+    capture = interp.Capture(attention=True, stacks=["vision"])
+    with torch.no_grad():
+        with interp.hooked(specimen.module, capture=capture) as alone:
+            specimen.module(**specimen.inputs)
+        with interp.hooked(specimen.module):
+            specimen.module(**specimen.inputs)
+            with interp.hooked(specimen.module, capture=capture) as inner:
+                specimen.module(**specimen.inputs)
+                specimen.module(**specimen.inputs)
+    for trace in inner.traces:
+        assert trace["vision"]["attention"].identical(alone.trace["vision"]["attention"])
+    assert len(inner.traces) == 2
+
+
 def test_an_exception_in_the_model_restores_everything_and_leaves_no_trace(llama):
     before = llama.module.config._attn_implementation
 
