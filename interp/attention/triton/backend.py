@@ -31,7 +31,7 @@ from interp.attention.edits import (
 from interp.attention.readouts import Readings
 from interp.attention.triton.counting import received_rows
 from interp.attention.triton.devices import interpreted, unusable
-from interp.attention.triton.passes import Wanted, launch
+from interp.attention.triton.passes import Wanted, has_statistics, launch, launch_statistics
 from interp.attention.triton.tables import Tables, row_weights, tables
 
 RULE_BYTES = 64 << 20
@@ -126,7 +126,7 @@ def _two_passes(call: Call, shared: Tables, readings: Readings) -> tuple[Tensor 
             known, row_stats=asked.row_stats, groups=asked.groups, n_groups=asked.n_groups, topk=asked.topk,
             columns=asked.received, pooled=bool(asked.pooled), heads=asked.heads,
         )  # fmt: skip
-        given = launch(shared, wanted).tensors
+        given = launch_statistics(shared, wanted) if has_statistics(shared, wanted) else launch(shared, wanted).tensors
         if asked.row_stats:
             given["lse"] = lse
             if share is not None:

@@ -64,12 +64,38 @@ def sum_parts_kernel(
 
 @triton.jit(do_not_specialize=["n_keys", "groups_b"])
 def block_groups_kernel(groups_ptr, groups_b, out_ptr, n_keys, BN: tl.constexpr):
-    """The group of each block of BN keys, -2 where it holds several: int8 ``[B|1, ceil(Lk / BN)]``."""
-    cols = tl.program_id(0) * BN + tl.arange(0, BN)
-    b = tl.program_id(1)
+    """About blocks of BN keys, int16 ``[B|1, 2 n + 1]`` for n blocks; one program a sample.
+
+    First the group of each block, -2 where it holds several. Then the group with most blocks of its own, the "rest". Then for
+    each block how many from it on are of the rest, or minus how many are not.
+    """
+    base = out_ptr + tl.program_id(0).to(tl.int64) * (2 * tl.cdiv(n_keys, BN) + 1)
+    groups_at = groups_ptr + tl.program_id(0).to(tl.int64) * groups_b
+    n_blocks = tl.cdiv(n_keys, BN)
+    numbers = tl.arange(0, 8)
+    blocks = tl.zeros([8], tl.int32)
+    for block in tl.range(0, n_blocks):
+        one = block_group(groups_at, block, n_keys, BN)
+        blocks += tl.where(numbers == one, 1, 0)
+        tl.store(base + block, one.to(tl.int16))
+    most = tl.max(blocks, 0)
+    rest = tl.min(tl.where(blocks == most, numbers, 8), 0)
+    tl.store(base + n_blocks, rest.to(tl.int16))
+    run = 0
+    for back in tl.range(0, n_blocks):
+        block = n_blocks - 1 - back
+        if block_group(groups_at, block, n_keys, BN) == rest:
+            run = tl.maximum(run, 0) + 1
+        else:
+            run = tl.minimum(run, 0) - 1
+        tl.store(base + n_blocks + 1 + block, tl.minimum(tl.maximum(run, -32768), 32767).to(tl.int16))
+
+
+@triton.jit
+def block_group(groups_at, block, n_keys, BN: tl.constexpr):
+    cols = block * BN + tl.arange(0, BN)
     ok = cols < n_keys
-    group = tl.load(groups_ptr + b.to(tl.int64) * groups_b + cols, mask=ok, other=0).to(tl.int32)
+    group = tl.load(groups_at + cols, mask=ok, other=0).to(tl.int32)
     lowest = tl.min(tl.where(ok, group, 127), 0)
     highest = tl.max(tl.where(ok, group, -128), 0)
-    one = tl.where(lowest == highest, lowest, -2)
-    tl.store(out_ptr + b * tl.num_programs(0) + tl.program_id(0), one.to(tl.int8))
+    return tl.where(lowest == highest, lowest, -2)

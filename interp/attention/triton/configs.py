@@ -13,18 +13,24 @@ if TYPE_CHECKING:
 
 
 class Config(NamedTuple):
-    """Rows and keys of a tile, warps of a program, stages of the load pipeline."""
+    """Rows and keys of a tile, warps of a program, stages of the load pipeline, registers a thread may have (0: any)."""
 
     bm: int
     bn: int
     warps: int
     stages: int
+    registers: int = 0
 
 
 INTERPRETED = Config(16, 16, 4, 1)
 
 forced: Config | None = None
 """Set by the tuner and by tests: every launch uses it."""
+
+
+def registers(config: Config) -> dict[str, int]:
+    """The launch option that caps registers, so that more programs share a multiprocessor."""
+    return {"maxnreg": config.registers} if config.registers else {}
 
 
 def choose(call: Call, wanted: Wanted, tables: Tables) -> Config:
@@ -39,3 +45,15 @@ def choose(call: Call, wanted: Wanted, tables: Tables) -> Config:
     if width > 128:
         return Config(64, 32, 4, 2)
     return Config(128, 64, 4 if not wanted.output else 8, 3)
+
+
+def choose_statistics(call: Call, tables: Tables) -> Config:
+    """The configuration of a launch of the statistics kernel."""
+    if forced is not None:
+        return forced
+    if call.q.device.type == "cpu":
+        return INTERPRETED
+    width = tables.arguments["D"]
+    if call.q.dtype == torch.float32:
+        return Config(64, 32, 4, 2) if width <= 128 else Config(32, 32, 4, 1)
+    return Config(128, 64, 4, 3 if width <= 64 else 2) if width <= 128 else Config(64, 64, 4, 2)

@@ -12,6 +12,7 @@ from interp.attention.call import Call
 from interp.attention.triton import columns, configs
 from interp.attention.triton.configs import Config
 from interp.attention.triton.rows import rows_kernel
+from interp.attention.triton.statistics import mass_kernel, statistics_kernel
 from interp.attention.triton.tables import Arguments, Tables, per_row, strides, visible_lists, with_weights
 
 
@@ -95,8 +96,7 @@ def launch(tables: Tables, wanted: Wanted) -> Given:
     groups = None if wanted.groups is None or not (wanted.row_stats or wanted.by_group) else wanted.groups
     a.update(
         groups_ptr=nothing if groups is None else groups, groups_b=0 if groups is None else strides(groups, 1)[0],
-        block_groups_ptr=nothing if groups is None or not wanted.row_stats else block_groups(groups, config.bn),
-        GROUPS=groups is not None, N_GROUPS=wanted.n_groups, ROW_STATS=wanted.row_stats,
+        GROUPS=groups is not None, N_GROUPS=wanted.n_groups, ROW_STATS=wanted.row_stats, **block_table(groups if wanted.row_stats else None, config.bn, nothing),
     )  # fmt: skip
     for name in ("top_weight", "top_key", "entropy", "mass", "share", "topk_weight", "topk_key"):
         a[f"{name}_ptr"] = nothing
@@ -186,37 +186,140 @@ def _columns(
 
     def finish() -> None:
         if a["COLUMNS"]:
-            received = buffer(batch, heads, n_groups, n_keys)
-            grid = (-(-n_keys // 128), batch * heads * n_groups)
-            columns.sum_parts_kernel[grid](
-                a["part_ptr"], received, a["query_groups_ptr"], a["query_groups_b"], a["first_ptr"], a["first_b"],
-                n_blocks, n_queries, n_keys, heads, a["delta"], a["kv_offset"], a["left"], a["right"],
-                BM=config.bm, BN=config.bn, BK=128, PARTS=8, CAUSAL=a["CAUSAL"], LEFT=a["LEFT"], RIGHT=a["RIGHT"],
-                PADDING=a["PADDING"], ZEROED=zeroed, N_QUERY_GROUPS=n_groups, QUERY_GROUPS=groups is not None,
-            )  # fmt: skip
-            given.tensors["received"] = received
+            given.tensors["received"] = _sum_parts(a, a, config, n_blocks, n_groups, batch, heads, bool(zeroed))
         if wanted.pooled:
-            tall, wide = a["POOL_ROWS"], a["POOL_COLS"]
-            used = a["pool_ptr"][:, : -(-n_queries // edge) * (edge // tall)]
-            used = used.unflatten(1, (-1, edge // tall)).unflatten(-1, (-1, edge // wide))
-            given.tensors["pooled"] = used.sum((2, 4)).unflatten(0, (batch, heads))
+            summed = _sum_blocks(a["pool_ptr"], call, a["POOL_ROWS"], a["POOL_COLS"])
+            given.tensors["pooled"] = summed.unflatten(0, (batch, heads))
 
     return finish
 
 
-def block_groups(groups: Tensor, bn: int) -> Tensor:
-    """The group of each block of keys, -2 for mixed ones; kept on the tensor, which many layers share."""
+def has_statistics(tables: Tables, wanted: Wanted) -> bool:
+    """Whether :func:`launch_statistics` can give what is wanted: scaled, perhaps softcapped scores under plain masks."""
+    a = tables.arguments
+    edited = a["BIAS"] or a["DENSE"] or a["UNIFORM"] or a["SINK_WINDOW"] or a["BLOCKS"] or a["N_COORDS"] or a["THRESHOLD"]
+    edited = edited or a["N_DROP"] or a["BETA"] or wanted.weights is not None
+    edge = tables.call.pooled_edge
+    return not edited and not wanted.topk and (not wanted.pooled or edge >= 16)
+
+
+def launch_statistics(tables: Tables, wanted: Wanted) -> dict[str, Tensor]:
+    """Row statistics, column sums and block sums of a finished softmax, by the names of readings."""
+    call, device, shared = tables.call, tables.call.q.device, tables.arguments
+    batch, n_heads, n_queries, n_keys = call.shape
+    heads = n_heads if wanted.heads is None else len(wanted.heads)
+    config = configs.choose_statistics(call, tables)
+    nothing: Tensor = shared["q_ptr"]
+    lse = wanted.lse
+    assert lse is not None
+    out: dict[str, Tensor] = {}
+    groups = wanted.groups if wanted.row_stats else None
+    query_groups = call.readout.query_groups
+    n_query_groups = call.readout.n_query_groups if wanted.columns else 1
+    n_blocks = -(-n_queries // config.bm)
+    edge = call.pooled_edge
+    across = max(config.bm // edge, 1) if wanted.pooled else 0
+    a: Arguments = {name: shared[name] for name in SHARED}
+    a.update(
+        lse_ptr=lse, heads_ptr=nothing if wanted.heads is None else wanted.heads, HEAD_LIST=wanted.heads is not None,
+        n_heads_read=heads, query_groups_ptr=nothing if query_groups is None else query_groups,
+        query_groups_b=0 if query_groups is None else strides(query_groups, 1)[0], QUERY_GROUPS=query_groups is not None,
+        N_QUERY_GROUPS=n_query_groups, ROW_STATS=wanted.row_stats, COLUMNS=wanted.columns or wanted.pooled, ACROSS=across,
+        part_ptr=nothing, n_parts=n_blocks, pool_ptr=nothing, pool_h=0, pool_q=0, top_weight_ptr=nothing, top_key_ptr=nothing,
+        entropy_ptr=nothing,
+    )  # fmt: skip
+    if wanted.row_stats:
+        for name in ("top_weight", "entropy"):
+            out[name] = a[f"{name}_ptr"] = torch.empty((batch, heads, n_queries), device=device)
+        out["top_key"] = a["top_key_ptr"] = torch.empty((batch, heads, n_queries), dtype=torch.int32, device=device)
+    if a["COLUMNS"]:
+        a["part_ptr"] = torch.empty((batch * heads, n_query_groups, n_blocks, n_keys), device=device)
+    if wanted.pooled:
+        pool = torch.zeros((batch * heads, n_blocks * across, -(-n_keys // 16)), device=device)
+        a.update(pool_ptr=pool, pool_h=pool.stride(0), pool_q=pool.stride(1))
+    statistics_kernel[(batch * heads * n_blocks,)](
+        **a, BM=config.bm, BN=config.bn, num_warps=config.warps, num_stages=config.stages, **configs.registers(config)
+    )
+    if wanted.row_stats:
+        out.update(_masses(a, shared, wanted, config, n_blocks, groups))
+    if wanted.columns:
+        out["received"] = _sum_parts(a, shared, config, n_blocks, n_query_groups, batch, heads, False)
+    if wanted.pooled:
+        tall, wide = config.bm // across, 16
+        out["pooled"] = _sum_blocks(a["pool_ptr"], call, tall, wide).unflatten(0, (batch, heads))
+    return out
+
+
+def _masses(
+    a: Arguments, shared: Arguments, wanted: Wanted, config: Config, n_blocks: int, groups: Tensor | None
+) -> dict[str, Tensor]:
+    """``mass`` and ``sink_share`` beside a launch of the statistics kernel."""
+    nothing: Tensor = shared["q_ptr"]
+    shape = (shared["n_samples"], a["n_heads_read"], shared["n_queries"])
+    mass = torch.empty((*shape, wanted.n_groups), device=nothing.device)
+    make = torch.empty if shared["SINKS"] else torch.zeros
+    share = make(shape, device=nothing.device)
+    mass_kernel[(shape[0] * shape[1] * n_blocks,)](
+        **{name: shared[name] for name in SHARED}, lse_ptr=a["lse_ptr"], heads_ptr=a["heads_ptr"], HEAD_LIST=a["HEAD_LIST"],
+        n_heads_read=shape[1], sinks_ptr=shared["sinks_ptr"], SINKS=shared["SINKS"], mass_ptr=mass, share_ptr=share,
+        groups_ptr=nothing if groups is None else groups, groups_b=0 if groups is None else strides(groups, 1)[0],
+        GROUPS=groups is not None, N_GROUPS=wanted.n_groups, **block_table(groups, config.bn, nothing),
+        BM=config.bm, BN=config.bn, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return {"mass": mass, "sink_share": share}
+
+
+SHARED = (
+    "q_ptr", "k_ptr", "q_b", "q_h", "q_m", "k_b", "k_h", "k_n", "scale", "softcap", "n_samples", "n_heads", "n_queries",
+    "n_keys", "delta", "kv_offset", "left", "right", "row_scale_ptr", "row_scale_b", "row_scale_h", "row_scale_q",
+    "padding_ptr", "padding_b", "first_ptr", "first_b", "HEAD_DIM", "D", "KV_GROUP", "UPCAST", "PRECISION", "CAUSAL", "LEFT",
+    "RIGHT", "PADDING", "SOFTCAP", "ROW_SCALE",
+)  # fmt: skip
+"""Arguments that the statistics kernel has in common with the row-stationary one."""
+
+
+def _sum_parts(
+    a: Arguments, shared: Arguments, config: Config, n_blocks: int, n_groups: int, batch: int, heads: int, zeroed: bool
+) -> Tensor:
+    """``received [B, Hs, Gq, Lk]`` from the parts that a launch left."""
+    n_queries, n_keys = shared["n_queries"], shared["n_keys"]
+    received = torch.empty((batch, heads, n_groups, n_keys), device=a["part_ptr"].device)
+    columns.sum_parts_kernel[(-(-n_keys // 128), batch * heads * n_groups)](
+        a["part_ptr"], received, a["query_groups_ptr"], a["query_groups_b"], shared["first_ptr"], shared["first_b"],
+        n_blocks, n_queries, n_keys, heads, shared["delta"], shared["kv_offset"], shared["left"], shared["right"],
+        BM=config.bm, BN=config.bn, BK=128, PARTS=8, CAUSAL=shared["CAUSAL"], LEFT=shared["LEFT"], RIGHT=shared["RIGHT"],
+        PADDING=shared["PADDING"], ZEROED=zeroed, N_QUERY_GROUPS=n_groups, QUERY_GROUPS=a["QUERY_GROUPS"],
+    )  # fmt: skip
+    return received
+
+
+def _sum_blocks(pool: Tensor, call: Call, tall: int, wide: int) -> Tensor:
+    """Block sums ``[B * Hs, ceil(Lq / edge), ceil(Lk / edge)]`` from sums of ``tall x wide`` pieces."""
+    edge = call.pooled_edge
+    n_rows, n_cols = -(-call.shape[2] // edge), -(-call.shape[3] // edge)
+    r, c = edge // tall, edge // wide
+    short = n_rows * r - pool.shape[1], n_cols * c - pool.shape[2]
+    if short[0] > 0 or short[1] > 0:
+        pool = torch.nn.functional.pad(pool, (0, max(short[1], 0), 0, max(short[0], 0)))
+    pool = pool[:, : n_rows * r, : n_cols * c]
+    if r == 1 and c == 1:
+        return pool.contiguous()
+    return pool.unflatten(1, (n_rows, r)).unflatten(-1, (n_cols, c)).sum((2, 4))
+
+
+def block_table(groups: Tensor | None, bn: int, nothing: Tensor) -> Arguments:
+    """Which blocks of keys are of one group; kept on the groups tensor, which many layers share."""
+    if groups is None:
+        return {"table_ptr": nothing, "table_b": 0}
     kept: dict[Any, Tensor] = groups.__dict__.setdefault("_interp_block_groups", {})
     key = (bn, groups._version)
     if key not in kept:
-        n_blocks = -(-groups.shape[1] // bn)
-        table = torch.empty((groups.shape[0], n_blocks), dtype=torch.int8, device=groups.device)
-        columns.block_groups_kernel[(n_blocks, groups.shape[0])](
-            groups, strides(groups, 1)[0], table, groups.shape[1], BN=bn
-        )
-        kept.clear()
+        batch, n_keys = groups.shape
+        table = torch.empty((batch, 2 * -(-n_keys // bn) + 1), dtype=torch.int16, device=groups.device)
+        columns.block_groups_kernel[(batch,)](groups, groups.stride(0), table, n_keys, BN=bn)
         kept[key] = table
-    return kept[key]
+    table = kept[key]
+    return {"table_ptr": table, "table_b": strides(table, 1)[0]}
 
 
-__all__ = ["Given", "Wanted", "block_groups", "launch", "per_row"]
+__all__ = ["Given", "Wanted", "block_table", "launch", "per_row"]

@@ -37,7 +37,7 @@ RUNNING_INTS = [
     "bias_b", "bias_h", "bias_q", "dense_b", "dense_h", "dense_q", "padding_b", "threshold_b", "threshold_h", "threshold_q",
     "beta_b", "beta_h", "beta_q", "weight_b", "weight_h", "weight_q", "drop_b", "drop_h", "drop_q", "sw_h", "sw_window_h",
     "blocks_h", "blocks_q", "near_h", "near_qb", "near_kb", "edit_groups_b", "groups_b", "query_groups_b", "list_h",
-    "list_q", "first_b", "pool_h", "pool_q", "part_rows", "map_h",
+    "list_q", "first_b", "table_b", "pool_h", "pool_q", "part_rows", "map_h",
 ]  # fmt: skip
 """Arguments whose value must not choose a specialisation: lengths and strides that change from call to call."""
 
@@ -63,7 +63,7 @@ def rows_kernel(
     edit_groups_ptr, edit_groups_b,
     beta_ptr, beta_b, beta_h, beta_q,
     weight_ptr, weight_b, weight_h, weight_q,
-    groups_ptr, groups_b, block_groups_ptr,
+    groups_ptr, groups_b, table_ptr, table_b,
     query_groups_ptr, query_groups_b,
     top_weight_ptr, top_key_ptr, entropy_ptr, mass_ptr, share_ptr, topk_weight_ptr, topk_key_ptr,
     part_ptr, part_rows, pool_ptr, pool_h, pool_q, map_ptr, map_h,
@@ -341,10 +341,13 @@ def rows_kernel(
                         if tl.max(rises.to(tl.int32), 0) > 0:
                             which = tl.min(tl.where(x == largest_raw[:, None], cols[None, :], 2147483647), 1)
                             top_key = tl.where(rises, which, top_key)
+                    # A row that has seen nothing yet is measured against 0: against its own huge negative score, a fused
+                    # multiply-add would leave the rounding error of that score.
+                    against = tl.where(new_top > DEAD, new_top, 0.0)
                     if FOLD:
-                        x = x * row_scale[:, None] - new_top[:, None]
+                        x = x * row_scale[:, None] - against[:, None]
                     else:
-                        x = x - new_top[:, None]
+                        x = x - against[:, None]
                     p = tl.exp2(x)
                     fade = tl.exp2(top - new_top)
                     if ROW_STATS:
@@ -374,7 +377,7 @@ def rows_kernel(
                     if ROW_STATS and (not GROUPS):
                         mass0 += in_tile
                     elif ROW_STATS:
-                        only = tl.load(block_groups_ptr + b * (groups_b > 0) * tl.cdiv(n_keys, BN) + n0 // BN).to(
+                        only = tl.load(table_ptr + b * table_b + n0 // BN).to(
                             tl.int32
                         )
                         if only != -2:
