@@ -1,6 +1,6 @@
 """What an open session costs where it captures and changes nothing (promised are under 3 %), and that it leaves nothing.
 
-A Llama of the shape of SmolLM2-135M with random weights: a prompt of 512 tokens, and greedy generation.
+A Llama of the shape of SmolLM2-135M with random weights: a prompt of 256 tokens, and greedy generation.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ def state(module: nn.Module) -> list[Any]:
 
 
 def tasks(module: Any) -> dict[str, Callable[[], object]]:
-    prompt = torch.randint(0, 49152, (1, 512), generator=torch.Generator().manual_seed(0))
+    prompt = torch.randint(0, 49152, (1, 256), generator=torch.Generator().manual_seed(0))
     return {
-        "prompt of 512 tokens": lambda: module(prompt),
-        "32 tokens generated after 16": lambda: module.generate(prompt[:, :16], max_new_tokens=32, do_sample=False),
+        "prompt of 256 tokens": lambda: module(prompt),
+        "generation of 16 tokens after 16": lambda: module.generate(prompt[:, :16], max_new_tokens=16, do_sample=False),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--repeats", type=int, default=41)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
