@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from interp.attention import kinds
 from interp.attention.backends import choose
 from interp.attention.call import Call
 from interp.attention.combine import is_neutral
@@ -13,6 +16,8 @@ from interp.attention.edits import Edit
 from interp.attention.mask import Mask
 from interp.attention.readouts import Readings, Readout, pooled_edge
 from interp.attention.validation import validate
+
+NO_MASK, NO_EDIT, NO_READOUT = Mask(), Edit(), Readout()
 
 
 class Attended(NamedTuple):
@@ -36,6 +41,7 @@ def attend(
     readout: Readout | None = None,
     backend: str = "auto",
     want_output: bool = True,
+    lse: Tensor | None = None,
 ) -> Attended:
     """Scaled dot product attention with an edit and a readout.
 
@@ -62,10 +68,13 @@ def attend(
         edit: what to change; see :mod:`interp.attention.edits`.
         readout: what to return beside the output; see :mod:`interp.attention.readouts`.
         backend: ``reference`` (the specification; holds full maps), ``blockwise`` (exact, memory linear in Lk),
-            ``sdpa`` (PyTorch's own; no readings, hardly any edits), ``triton`` (CUDA), or ``auto``: a call that nobody
-            edits (or whose edit is neutral) and nobody reads goes to ``sdpa`` where that can express it, everything
-            else to ``blockwise``.
+            ``sdpa`` (PyTorch's own; no readings, hardly any edits), ``triton`` (fused kernels; CUDA), or ``auto``: a call that
+            nobody edits (or whose edit is neutral) and nobody reads goes to ``sdpa`` where that can express it, everything
+            else to ``triton`` on a GPU that it supports, and to ``blockwise`` for what is left.
         want_output: False skips the product with v; the output is then None.
+        lse: fp32 ``[B, H, Lq]``, the natural log-sum-exp of this very call (sink included) where the caller has it, say from
+            the fused kernel that made the output. It saves a pass where readings are asked for without an output and
+            nothing is edited; backends without use for it ignore it.
 
     Returns:
         The output and the :class:`Readings`; ``readings.backend`` names the backend that computed it.
@@ -74,28 +83,55 @@ def attend(
         AttentionArgumentError: an argument breaks a rule.
         BackendUnavailable: the backend asked for by name is missing or lacks something that this call needs.
     """
-    mask = Mask() if mask is None else mask
-    edit = Edit() if edit is None else edit
-    readout = Readout() if readout is None else readout
-    validate(q, k, v, scale=scale, mask=mask, softcap=softcap, sinks=sinks, bias=bias, edit=edit, readout=readout)
-    n_queries, n_keys = q.shape[2], k.shape[2]
-    if backend == "auto" and is_neutral(edit):
-        edit = Edit()
+    mask = NO_MASK if mask is None else mask
+    edit = NO_EDIT if edit is None else edit
+    readout = NO_READOUT if readout is None else readout
+    key = (
+        id(mask), id(edit), id(readout), scale, softcap, backend, want_output, torch.is_grad_enabled(),
+        kinds.shape_of(q), kinds.shape_of(k), kinds.shape_of(v), kinds.shape_of(sinks), kinds.shape_of(bias),
+        kinds.shape_of(lse),
+    ) if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor) else ()  # fmt: skip
+    kind = kinds.known(key)
     call = Call(
         q=q,
         k=k,
         v=v,
-        scale=float(scale),
-        mask=mask.simplified(n_queries, n_keys),
+        scale=scale,
+        mask=mask if kind is None else kind.mask,
         softcap=softcap,
         sinks=sinks,
         bias=bias,
-        edit=edit,
+        edit=edit if kind is None else kind.edit,
         readout=readout,
         want_output=want_output,
-        pooled_edge=pooled_edge(n_queries, n_keys, readout.pooled) if readout.pooled else 0,
+        pooled_edge=0 if kind is None else kind.pooled_edge,
+        lse=lse,
+        memo=None if kind is None else kind.memo,
     )
-    name, chosen = choose(backend, call)
-    output, readings = chosen.run(call)
-    readings.backend = name
+    if kind is None:
+        call, kind = _first_of_kind(call, backend, (mask, edit, readout))
+        kinds.remember(key, kind)
+    output, readings = kind.backend.run(call)
+    readings.backend = kind.backend_name
     return Attended(output, readings)
+
+
+def _first_of_kind(call: Call, backend: str, holds: tuple[Mask, Edit, Readout]) -> tuple[Call, kinds.Kind]:
+    """Check the arguments and choose the backend; the call with defaults filled in, and its kind."""
+    mask, edit, readout = holds
+    validate(
+        call.q, call.k, call.v, scale=call.scale, mask=mask, softcap=call.softcap, sinks=call.sinks, bias=call.bias, edit=edit,
+        readout=readout, lse=call.lse,
+    )  # fmt: skip
+    n_queries, n_keys = call.q.shape[2], call.k.shape[2]
+    if backend == "auto" and is_neutral(edit):
+        edit = NO_EDIT
+    watched = kinds.versions(*holds)
+    memo: dict[str, Any] = {}
+    call = replace(
+        call, scale=float(call.scale), mask=mask.simplified(n_queries, n_keys), edit=edit, memo=memo,
+        pooled_edge=pooled_edge(n_queries, n_keys, readout.pooled) if readout.pooled else 0,
+    )  # fmt: skip
+    name, chosen = choose(backend, call)
+    kind = kinds.Kind(holds, call.mask, edit, call.pooled_edge, name, chosen, watched, memo)
+    return call, kind

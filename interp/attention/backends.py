@@ -62,9 +62,14 @@ def choose(name: str, call: Call) -> tuple[str, Backend]:
         BackendUnavailable: a backend asked for by name lacks something; it never falls back.
     """
     if name == "auto":
-        untouched = sdpa.supports(call) is None and sdpa.mask_bytes(call) <= SDPA_MASK_BYTES
-        name = "sdpa" if untouched else "blockwise"
-        return name, load_backend(name)
+        if sdpa.supports(call) is None and sdpa.mask_bytes(call) <= SDPA_MASK_BYTES:
+            return "sdpa", sdpa
+        # On a CPU Triton has an interpreter only, for tests.
+        if call.q.device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+            kernels = load_backend("triton")
+            if kernels.supports(call) is None:
+                return "triton", kernels
+        return "blockwise", load_backend("blockwise")
     backend = load_backend(name)
     lacking = backend.supports(call)
     if lacking is not None:

@@ -91,7 +91,8 @@ class Places:
 class Call:
     """The validated arguments of :func:`~interp.attention.api.attend`, with defaults filled in.
 
-    ``pooled_edge`` is the block edge of the whole call's pooled map (0 without one); a tile keeps it.
+    ``pooled_edge`` is the block edge of the whole call's pooled map (0 without one); a tile keeps it. ``lse`` is the
+    log-sum-exp where the caller knows it. ``memo`` is where a backend keeps what calls of the same kind share.
     """
 
     q: Tensor
@@ -106,6 +107,8 @@ class Call:
     readout: Readout
     want_output: bool
     pooled_edge: int = 0
+    lse: Tensor | None = None
+    memo: dict[str, Any] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -148,6 +151,8 @@ class Call:
             bias=None if self.bias is None else tile.cut(self.bias, "bhqK"),
             edit=tile_edit(self.edit, tile),
             readout=readout,
+            lse=None,
+            memo=None,
         )
         return part, places
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from interp.attention.call import Call
 from interp.attention.edits import Gain, Temperature
@@ -74,6 +75,29 @@ def run(call: Call) -> tuple[Tensor | None, Readings]:
     if alive is not None:
         z = torch.where(alive.unsqueeze(-1), z, 0.0)
     return z.transpose(1, 2).contiguous(), Readings()
+
+
+def fused(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None, enable_gqa: bool = False
+) -> tuple[Tensor, Tensor] | None:
+    """What ``F.scaled_dot_product_attention`` gives without a mask, to the bit, with the log-sum-exp of its kernel.
+
+    Returns:
+        z ``[B, H, Lq, Dv]`` and lse float32 ``[B, H, Lq]`` (natural log); None where PyTorch would not choose a kernel that has it.
+    """
+    if q.device.type != "cuda" or q.requires_grad or k.requires_grad or v.requires_grad:
+        return None
+    chosen = torch._fused_sdp_choice(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=enable_gqa)
+    aten, options = torch.ops.aten, {"scale": scale}
+    if chosen == SDPBackend.CUDNN_ATTENTION.value:
+        z, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, **options)
+    elif chosen == SDPBackend.FLASH_ATTENTION.value and q.shape[-1] % 8 == 0:
+        z, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, **options)
+    elif chosen == SDPBackend.EFFICIENT_ATTENTION.value and not enable_gqa:
+        z, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, **options)
+    else:
+        return None
+    return z, lse.reshape(q.shape[0], q.shape[1], -1)[..., : q.shape[2]].float().contiguous()
 
 
 def dense_mask(call: Call) -> tuple[Tensor | None, Tensor | None]:

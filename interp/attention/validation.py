@@ -61,6 +61,7 @@ def validate(
     bias: Tensor | None,
     edit: Edit,
     readout: Readout,
+    lse: Tensor | None = None,
 ) -> None:
     """Raise :class:`AttentionArgumentError` unless the arguments of a call fit together."""
     sizes = check_tensors(q, k, v)
@@ -75,6 +76,8 @@ def validate(
         check_shape("sinks", sinks, "H", sizes, "float")
     if bias is not None:
         check_shape("bias", bias, "bhqK", sizes, "float")
+    if lse is not None and (lse.dtype != torch.float32 or lse.shape != q.shape[:3] or not lse.is_contiguous()):
+        fail("lse", f"must be contiguous float32 {tuple(q.shape[:3])}", describe(lse))
     check_mask(mask, sizes)
     check_edit(edit, mask, sizes)
     check_readout(readout, mask, sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -48,7 +49,7 @@ def site_call(
         mask = Mask(dense=visible, q_offset=start, kv_offset=0 if decoder else chunk[1], cross=site.cross)
     else:
         causal = not site.cross and n_queries > 1 and _is_causal(module, options)
-        mask = Mask(causal=causal, q_offset=start, kv_offset=0 if decoder else chunk[1], cross=site.cross)
+        mask = _plain_mask(causal=causal, q_offset=start, kv_offset=0 if decoder else chunk[1], cross=site.cross)
     if bias is not None:
         bias = bias[..., :n_keys].to(query.device)
     sinks: Tensor | None = options.get("s_aux")
@@ -78,6 +79,12 @@ def site_call(
         bias=bias,
         generated=_generated(run, decoder, mask.q_offset, n_queries),
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _plain_mask(causal: bool, q_offset: int, kv_offset: int, cross: bool) -> Mask:
+    """One object for all layers: the op prepares for each mask once."""
+    return Mask(causal=causal, q_offset=q_offset, kv_offset=kv_offset, cross=cross)
 
 
 def _generated(run: RunState, decoder: bool, start: int, count: int) -> bool:

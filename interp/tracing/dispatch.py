@@ -13,7 +13,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from interp.attention.sdpa import fused
 from interp.tracing.masks import LazyMask
 
 NAME = "interp"
@@ -69,6 +71,34 @@ def call_original(
     function = _original_function(module, implementation)
     native = mask.native() if isinstance(mask, LazyMask) else mask
     return function(module, query, key, value, native, **options)
+
+
+class SeenLse(TorchFunctionMode):
+    """While the model's own function runs: keep the log-sum-exp that PyTorch's fused kernel computes beside the output.
+
+    The output stays that of the plain model to the bit (the same kernel is asked for one more of its results).
+
+    Attributes:
+        lse: float32 ``[B, H, Lq]``, None where the kernel had none to give.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lse: Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options: dict[str, Any] = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention and len(args) == 3:
+            plain = options.get("attn_mask") is None and not options.get("dropout_p")
+            if plain and options.keys() <= {"attn_mask", "dropout_p", "scale", "is_causal", "enable_gqa"}:
+                made = fused(
+                    *args, causal=options.get("is_causal", False), scale=options.get("scale"),
+                    enable_gqa=options.get("enable_gqa", False),
+                )  # fmt: skip
+                if made is not None:
+                    z, self.lse = made
+                    return z
+        return func(*args, **options)
 
 
 def _original_function(module: nn.Module, implementation: str) -> Callable[..., Any]:

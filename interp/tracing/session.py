@@ -348,9 +348,9 @@ class Installation:
                 f"editing attention needs dropout 0, got {options['dropout']} at {site.name}: call model.eval()"
             )
         readers = [(s, r) for s, _, r in live if r is not None and r.wants(call)]
-        z, second = self._output(module, call, edit, attention_mask, options, live)
+        z, second, lse = self._output(module, call, edit, attention_mask, options, live, bool(readers))
         for session, recorder in readers:
-            recorder.read(call, edit, session.backend)
+            recorder.read(call, edit, session.backend, lse)
             session.count(site, "read")
         for session, run, _ in live:
             call.run = run
@@ -367,17 +367,25 @@ class Installation:
         return z.contiguous(), second
 
     def _output(
-        self, module: nn.Module, call: SiteCall, edit: Edit | None, mask: Any, options: dict[str, Any], live: list[Any]
-    ) -> tuple[Tensor, Any]:
+        self, module: nn.Module, call: SiteCall, edit: Edit | None, mask: Any, options: dict[str, Any], live: list[Any],
+        read: bool,
+    ) -> tuple[Tensor, Any, Tensor | None]:  # fmt: skip
+        """z, the second result, and the log-sum-exp ``[B, H, Lq]`` where it will be read and came for free."""
         gains = [] if edit is None else edit.of(Gain)
         if edit is None or len(gains) == len(edit.operations):
             # Gains act on z alone, so the model's own function makes it and other heads stay bit-equal.
-            z, second = dispatch.call_original(module, call.q, call.k, call.v, mask, **options)
+            lse = None
+            if read and call.q.is_cuda:
+                with dispatch.SeenLse() as seen:
+                    z, second = dispatch.call_original(module, call.q, call.k, call.v, mask, **options)
+                lse = seen.lse
+            else:
+                z, second = dispatch.call_original(module, call.q, call.k, call.v, mask, **options)
             for gain in gains:
                 z = _scaled(z, gain)
             for session, _, _ in live:
                 session.count(call.site, "untouched" if edit is None else "gain")
-            return z, second if edit is None else None
+            return z, second if edit is None else None, lse
         names = {s.backend for s, _, _ in live}
         backend = names.pop() if len(names) == 1 else "auto"
         out = attend(
@@ -386,7 +394,7 @@ class Installation:
         )  # fmt: skip
         for session, _, _ in live:
             session.count(call.site, "edited")
-        return cast(Tensor, out.output), None
+        return cast(Tensor, out.output), None, None
 
 
 def _scaled(z: Tensor, gain: Gain) -> Tensor:

@@ -119,7 +119,9 @@ def test_unknown_and_missing_backends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_auto_makes_no_large_dense_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "SDPA_MASK_BYTES", 161)
-    assert attend(**operands(), **PLAIN["left padding"]).readings.backend == "blockwise"  # 2 x 9 x 9 bytes
+    # A mask of its own: the choice is remembered for calls with the same mask.
+    padded = Mask(causal=True, padding=PADDING)
+    assert attend(**operands(), mask=padded).readings.backend == "blockwise"  # 2 x 9 x 9 bytes
     assert attend(**operands(), **PLAIN["window"]).readings.backend == "sdpa"
     assert attend(**operands(), **PLAIN["causal"]).readings.backend == "sdpa"
 

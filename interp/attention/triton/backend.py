@@ -9,12 +9,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from interp.attention import measure, reference
+from interp.attention import measure, reference, sdpa
 from interp.attention.call import Call, Tile
 from interp.attention.edits import (
     Blocks,
@@ -28,17 +29,19 @@ from interp.attention.edits import (
     Threshold,
     Uniform,
 )
-from interp.attention.readouts import Readings
+from interp.attention.readouts import Readings, Readout
 from interp.attention.triton.counting import received_rows
 from interp.attention.triton.devices import interpreted, unusable
-from interp.attention.triton.passes import Wanted, has_statistics, launch, launch_statistics
-from interp.attention.triton.tables import Tables, row_weights, tables
+from interp.attention.triton.passes import Live, Pass, Wanted
+from interp.attention.triton.statistics_pass import StatisticsPass, covers
+from interp.attention.triton.tables import operands, row_major, row_weights, tables
 
 RULE_BYTES = 64 << 20
 """Largest dense mask made of a rule."""
 MAP_BYTES = 256 << 20
 """Byte budget of the piece of the map that offset histograms are counted from."""
 
+NO_READOUT = Readout()
 ONE_OF = (SinkWindow, Blocks, Neighbourhood, Boost, Threshold, DropKeys)
 
 
@@ -68,129 +71,170 @@ def supports(call: Call) -> str | None:
 def run(call: Call) -> tuple[Tensor | None, Readings]:
     """z ``[B, Lq, H, Dv]`` in q's dtype (None where not wanted) and the readings."""
     with torch.no_grad():
-        return _run(call)
+        memo = {} if call.memo is None else call.memo
+        plan = memo.get("triton")
+        if plan is None:
+            plan = memo["triton"] = Plan(call)
+        return plan.run(call)
 
 
-def _run(call: Call) -> tuple[Tensor | None, Readings]:
-    shared = tables(call, upcast=interpreted())
-    asked = call.readout
-    final = bool(
-        asked.received or asked.pooled or asked.topk or asked.rows is not None or asked.attention
-        or asked.group_output is not None or asked.offset is not None
-    )  # fmt: skip
-    weighting = call.edit.of(GroupWeights, Redistribute)
-    readings = Readings(pooled_edge=call.pooled_edge or None)
-    if weighting and len(weighting) == 1 and isinstance(weighting[0], GroupWeights) and asked.empty:
-        op = weighting[0]
-        kind = 1 if op.renormalise else 2
-        return launch(shared, Wanted(output=True, weights=row_weights(op, call), weight_kind=kind)).z, readings
-    if not weighting and not final:
+class Plan:
+    """Everything about a call that calls of its kind share: tables, prepared launches, row counts."""
+
+    def __init__(self, call: Call) -> None:
+        self.shared = tables(call, upcast=interpreted())
+        self.passes: dict[str, Pass | StatisticsPass] = {}
+        self.rows_seen: Tensor | None = None
+
+    def walk(self, name: str, x: Live, wanted: Callable[[], Wanted]) -> dict[str, Tensor]:
+        """Run the pass of that name, preparing it first where this is its first time."""
+        found = self.passes.get(name)
+        if found is None:
+            asked = wanted()
+            fast = asked.given and not (asked.output or asked.map) and covers(self.shared, asked)
+            found = self.passes[name] = StatisticsPass(self.shared, asked) if fast else Pass(self.shared, asked)
+        return found(x)
+
+    def run(self, call: Call) -> tuple[Tensor | None, Readings]:
+        asked = call.readout
+        final = bool(
+            asked.received or asked.pooled or asked.topk or asked.rows is not None or asked.attention
+            or asked.group_output is not None or asked.offset is not None
+        )  # fmt: skip
+        q, k, v = operands(call)
+        x = Live(q, k, v, call.sinks, None if call.bias is None else row_major(call.bias))
+        weighting = call.edit.of(GroupWeights, Redistribute)
+        readings = Readings(pooled_edge=call.pooled_edge or None)
+        if weighting and len(weighting) == 1 and isinstance(weighting[0], GroupWeights) and asked.empty:
+            return self._weighted(weighting[0], call, x), readings
+        if weighting or final or (asked.row_stats and call.lse is not None):
+            return self._with_final(call, x, readings), readings
+        apart = asked.heads is not None or not asked.row_stats
         z = None
-        if asked.empty or asked.heads is not None:
+        if apart and call.want_output:
+            z = self.walk("output", x, lambda: Wanted(output=True))["z"]
+        if asked.row_stats:
+            given = self.walk("rows", x, lambda: _row_stats(call, output=call.want_output and not apart))
+            self._keep(readings, call, given, x)
+            z = given.get("z", z)
+        return z, readings
+
+    def _weighted(self, op: GroupWeights, call: Call, x: Live) -> Tensor:
+        """One pass: weights act inside the softmax where they renormalise, on p where they do not."""
+        weights = row_weights(op, call).float().contiguous()
+        kind = 1 if op.renormalise else 2
+        return self.walk("weighted", x._replace(weights=weights), lambda: Wanted(output=True, weights=kind))["z"]
+
+    def _with_final(self, call: Call, x: Live, readings: Readings) -> Tensor | None:
+        """Final probabilities need the log-sum-exp first, and weights that depend on masses the masses."""
+        asked, edit = call.readout, call.edit
+        z, share, kind = None, None, 0
+        if edit.of(GroupWeights, Redistribute):
+            kind = 2
+            first = self.walk("masses", x, lambda: Wanted(row_stats=True, groups=edit.groups, n_groups=edit.key_groups))
+            share = first["sink_share"] if call.sinks is not None else None
+            weights, share = reference.total_weights(call, first["mass"], share)
+            x = x._replace(lse=first["lse"], weights=weights.float().contiguous())
             if call.want_output:
-                z = launch(shared, Wanted(output=True)).z
-            if asked.empty:
-                return z, readings
-        given = launch(shared, _row_stats(call, output=call.want_output and asked.heads is None))
-        _keep(readings, call, given.tensors, shared)
-        return given.z if asked.heads is None else z, readings
-    return _two_passes(call, shared, readings)
+                z = self.walk("weighted output", x, lambda: Wanted(output=True, given=True, weights=2))["z"]
+        elif call.want_output or call.lse is None:
+            z, lse = self._first(call, x)
+            x = x._replace(lse=lse)
+        else:
+            x = x._replace(lse=call.lse)
+        if asked.empty:
+            return z
+        known = Wanted(given=True, weights=kind, heads=asked.heads)
+        if asked.row_stats or asked.topk or asked.received or asked.pooled:
+            wanted = replace(
+                known, row_stats=asked.row_stats, groups=asked.groups, n_groups=asked.n_groups, topk=asked.topk,
+                columns=asked.received, pooled=bool(asked.pooled),
+            )  # fmt: skip
+            given = self.walk("statistics", x, lambda: wanted)
+            given["lse"] = x.lse  # pyright: ignore[reportArgumentType]
+            if share is not None:
+                given["sink_share"] = share if asked.heads is None else share[:, asked.heads]
+            self._keep(readings, call, given, x)
+        if asked.received:
+            if self.rows_seen is None or call.edit.of(Threshold) or call.bias is not None:
+                self.rows_seen = received_rows(call, self.shared, x)
+            readings.received_rows = self.rows_seen
+        if asked.rows is not None:
+            readings.rows = self.walk("some rows", x, lambda: replace(known, map=True, rows=asked.rows))["map"]
+        if asked.attention:
+            readings.attention = self.walk("map", x, lambda: replace(known, map=True))["map"]
+        if asked.group_output is not None:
+            readings.group_output = self.walk("group output", x, lambda: _group_output(call, known))["group_output"]
+        if asked.offset is not None:
+            readings.offset = self._offset(call, known, x)
+        return z
+
+    def _first(self, call: Call, x: Live) -> tuple[Tensor | None, Tensor]:
+        """z where wanted, and the log-sum-exp: from SDPA's kernel where it can make them, which is the fastest."""
+        if call.want_output and sdpa.supports(replace(call, readout=NO_READOUT)) is None and not call.edit.operations:
+            causal = sdpa.upper_left_causal(call)
+            if call.bias is None and (call.mask.trivial or causal):
+                gqa = x.q.shape[1] != x.k.shape[1]
+                made = sdpa.fused(x.q, x.k, x.v, causal=causal, scale=call.scale, enable_gqa=gqa)
+                if made is not None:
+                    return made[0].transpose(1, 2).contiguous(), made[1]
+        first = self.walk("output", x, lambda: Wanted(output=call.want_output))
+        return first.get("z"), first["lse"]
+
+    def _keep(self, readings: Readings, call: Call, given: dict[str, Tensor], x: Live) -> None:
+        """Put a pass's tensors into the readings that were asked for."""
+        asked = call.readout
+        if asked.row_stats:
+            for name in ("top_weight", "top_key", "entropy", "mass", "sink_share"):
+                setattr(readings, name, given[name])
+            lse = given["lse"]
+            if call.edit.of(Uniform):
+                # The reading is of the softmax that the uniform rows replace.
+                lse = self.walk("plain lse", x, lambda: Wanted(uniform=False))["lse"]
+            readings.lse = lse if asked.heads is None else lse[:, asked.heads]
+        if asked.topk:
+            readings.topk_weight, readings.topk_key = _sorted(given["topk_weight"], given["topk_key"], asked.topk)
+        for name in ("received", "pooled"):
+            if name in given:
+                setattr(readings, name, given[name])
+
+    def _offset(self, call: Call, known: Wanted, x: Live) -> Tensor:
+        """The histogram, counted from pieces of the map that stay under a byte budget."""
+        batch, heads, n_queries, n_keys = call.shape
+        asked = call.readout
+        assert asked.offset is not None
+        heads = heads if asked.heads is None else len(asked.heads)
+        step = max(MAP_BYTES // (batch * heads * n_keys * 4), 1)
+        total = None
+        for start in range(0, n_queries, step):
+            stop = min(start + step, n_queries)
+            rows = torch.arange(start, stop, device=call.q.device)
+            p = self.walk(f"map {start}", x, lambda rows=rows: replace(known, map=True, rows=rows))["map"]
+            part, _ = call.tile(Tile((0, batch), (0, call.shape[1]), (start, stop), (0, n_keys)))
+            assert part.readout.offset is not None
+            histogram = measure.offset_histogram(p, part.readout.offset, measure.counted_rows(part, p))
+            total = histogram if total is None else total + histogram
+        assert total is not None
+        return total
 
 
-def _row_stats(call: Call, *, output: bool = False) -> Wanted:
+def _row_stats(call: Call, *, output: bool) -> Wanted:
     asked = call.readout
     return Wanted(output=output, row_stats=True, groups=asked.groups, n_groups=asked.n_groups, heads=asked.heads)
 
 
-def _two_passes(call: Call, shared: Tables, readings: Readings) -> tuple[Tensor | None, Readings]:
-    asked = call.readout
-    weighting = call.edit.of(GroupWeights, Redistribute)
-    z, weights, share = None, None, None
-    if weighting:
-        groups = call.edit.groups
-        first = launch(shared, Wanted(row_stats=True, groups=groups, n_groups=call.edit.key_groups))
-        masses = first.tensors["mass"]
-        share = first.tensors["sink_share"] if call.sinks is not None else None
-        weights, share = reference.total_weights(call, masses, share)
-    else:
-        first = launch(shared, Wanted(output=call.want_output))
-        z = first.z
-    lse = first.tensors["lse"]
-    known = Wanted(lse=lse, weights=weights, weight_kind=0 if weights is None else 2)
-    if weights is not None and call.want_output:
-        z = launch(shared, replace(known, output=True)).z
-    if asked.empty:
-        return z, readings
-    if asked.row_stats or asked.topk or asked.received or asked.pooled:
-        wanted = replace(
-            known, row_stats=asked.row_stats, groups=asked.groups, n_groups=asked.n_groups, topk=asked.topk,
-            columns=asked.received, pooled=bool(asked.pooled), heads=asked.heads,
-        )  # fmt: skip
-        given = launch_statistics(shared, wanted) if has_statistics(shared, wanted) else launch(shared, wanted).tensors
-        if asked.row_stats:
-            given["lse"] = lse
-            if share is not None:
-                given["sink_share"] = share if asked.heads is None else share[:, asked.heads]
-        _keep(readings, call, given, shared)
-    if asked.received:
-        readings.received_rows = received_rows(call, shared)
-    if asked.rows is not None:
-        readings.rows = launch(shared, replace(known, map=True, rows=asked.rows, heads=asked.heads)).tensors["map"]
-    if asked.attention:
-        readings.attention = launch(shared, replace(known, map=True, heads=asked.heads)).tensors["map"]
-    if asked.group_output is not None:
-        groups = asked.groups
-        if groups is None:
-            groups = torch.zeros((1, call.shape[3]), dtype=torch.int8, device=call.q.device)
-        by_group = replace(
-            known, output=True, by_group=True, groups=groups, n_groups=asked.n_groups, rows=asked.group_output,
-            heads=asked.heads,
-        )  # fmt: skip
-        readings.group_output = launch(shared, by_group).tensors["group_output"]
-    if asked.offset is not None:
-        readings.offset = _offset(call, shared, known)
-    return z, readings
+def _group_output(call: Call, known: Wanted) -> Wanted:
+    groups = call.readout.groups
+    if groups is None:
+        groups = torch.zeros((1, call.shape[3]), dtype=torch.int8, device=call.q.device)
+    return replace(
+        known, output=True, by_group=True, groups=groups, n_groups=call.readout.n_groups, rows=call.readout.group_output
+    )
 
 
-def _keep(readings: Readings, call: Call, given: dict[str, Tensor], shared: Tables) -> None:
-    """Put a launch's tensors into the readings that were asked for."""
-    asked = call.readout
-    if asked.row_stats:
-        for name in ("top_weight", "top_key", "entropy", "mass", "sink_share"):
-            setattr(readings, name, given[name])
-        lse = given["lse"]
-        if call.edit.of(Uniform):
-            # The reading is of the softmax that the uniform rows replace.
-            lse = launch(shared, Wanted(uniform=False)).tensors["lse"]
-        readings.lse = lse if asked.heads is None else lse[:, asked.heads]
-    if asked.topk:
-        weight, key = given["topk_weight"], given["topk_key"]
-        # Empty places have weight 0 and key -1: they go last, and among equals the lowest key first.
-        by_key = torch.where(key < 0, torch.iinfo(torch.int32).max, key).sort(dim=-1, stable=True).indices
-        weight, key = weight.gather(-1, by_key), key.gather(-1, by_key)
-        by_weight = weight.sort(dim=-1, descending=True, stable=True).indices[..., : asked.topk]
-        readings.topk_weight, readings.topk_key = weight.gather(-1, by_weight), key.gather(-1, by_weight)
-    for name in ("received", "pooled"):
-        if name in given:
-            setattr(readings, name, given[name])
-
-
-def _offset(call: Call, shared: Tables, known: Wanted) -> Tensor:
-    """The histogram, counted from pieces of the map that stay under a byte budget."""
-    batch, heads, n_queries, n_keys = call.shape
-    asked = call.readout
-    assert asked.offset is not None
-    heads = heads if asked.heads is None else len(asked.heads)
-    step = max(MAP_BYTES // (batch * heads * n_keys * 4), 1)
-    total = None
-    for start in range(0, n_queries, step):
-        stop = min(start + step, n_queries)
-        rows = torch.arange(start, stop, device=call.q.device)
-        p = launch(shared, replace(known, map=True, rows=rows, heads=asked.heads)).tensors["map"]
-        part, _ = call.tile(Tile((0, batch), (0, call.shape[1]), (start, stop), (0, n_keys)))
-        assert part.readout.offset is not None
-        counted = measure.counted_rows(part, p)
-        histogram = measure.offset_histogram(p, part.readout.offset, counted)
-        total = histogram if total is None else total + histogram
-    assert total is not None
-    return total
+def _sorted(weight: Tensor, key: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest in falling order; among equals the lowest key first, and empty places (weight 0, key -1) last."""
+    by_key = torch.where(key < 0, torch.iinfo(torch.int32).max, key).sort(dim=-1, stable=True).indices
+    weight, key = weight.gather(-1, by_key), key.gather(-1, by_key)
+    by_weight = weight.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    return weight.gather(-1, by_weight), key.gather(-1, by_weight)

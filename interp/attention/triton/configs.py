@@ -37,7 +37,7 @@ def choose(call: Call, wanted: Wanted, tables: Tables) -> Config:
     """The configuration for a launch."""
     if forced is not None:
         return forced
-    if call.q.device.type == "cpu":
+    if tables.device.type == "cpu":
         return INTERPRETED
     width = max(tables.arguments["D"], tables.arguments["DV"] if wanted.output else 0)
     if call.q.dtype == torch.float32:
@@ -51,7 +51,7 @@ def choose_statistics(call: Call, tables: Tables) -> Config:
     """The configuration of a launch of the statistics kernel."""
     if forced is not None:
         return forced
-    if call.q.device.type == "cpu":
+    if tables.device.type == "cpu":
         return INTERPRETED
     width = tables.arguments["D"]
     if call.q.dtype == torch.float32:

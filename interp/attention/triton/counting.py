@@ -9,11 +9,11 @@ from interp.attention.blockwise import visible_varies_by_head
 from interp.attention.call import Call
 from interp.attention.edits import Restriction
 from interp.attention.groups import one_hot
-from interp.attention.triton.passes import Wanted, launch
+from interp.attention.triton.passes import Live, Pass, Wanted
 from interp.attention.triton.tables import Tables
 
 
-def received_rows(call: Call, shared: Tables) -> Tensor:
+def received_rows(call: Call, shared: Tables, x: Live) -> Tensor:
     """int32 ``[B, Hs, Gq, Lk]``, expanded over the heads where they all see the same keys.
 
     In closed form where only causality and a window hide anything, else counted by the kernel.
@@ -27,9 +27,9 @@ def received_rows(call: Call, shared: Tables) -> Tensor:
         return _closed_form(call).expand(shape)
     if not visible_varies_by_head(call):
         one = torch.zeros(1, dtype=torch.int64, device=call.q.device)
-        counted = launch(shared, Wanted(count=True, heads=one)).tensors["received"]
+        counted = Pass(shared, Wanted(count=True, heads=one))(x)["received"]
     else:
-        counted = launch(shared, Wanted(count=True, heads=asked.heads)).tensors["received"]
+        counted = Pass(shared, Wanted(count=True, heads=asked.heads))(x)["received"]
     return counted.round().int().expand(shape)
 
 

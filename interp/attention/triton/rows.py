@@ -118,7 +118,7 @@ def rows_kernel(
     head_row = bh.to(tl.int64) * n_queries
 
     dims = tl.arange(0, D)
-    if not COUNT:
+    if (not COUNT) | THRESHOLD:
         q_at = q_ptr + b * q_b + h * q_h + rows.to(tl.int64)[:, None] * q_m + dims[None, :]
         q = tl.load(q_at, mask=row_ok[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
     k_base = k_ptr + b * k_b + kv * k_h
@@ -240,7 +240,7 @@ def rows_kernel(
                     edit_group = tl.load(edit_groups_ptr + b * edit_groups_b + cols, mask=col_ok, other=-1).to(tl.int32)
 
                 # Scores
-                if COUNT:
+                if COUNT & (not THRESHOLD):
                     x = tl.zeros([BM, BN], tl.float32)
                 else:
                     k_at = k_base + cols.to(tl.int64)[None, :] * k_n + dims[:, None]
@@ -377,9 +377,7 @@ def rows_kernel(
                     if ROW_STATS and (not GROUPS):
                         mass0 += in_tile
                     elif ROW_STATS:
-                        only = tl.load(table_ptr + b * table_b + n0 // BN).to(
-                            tl.int32
-                        )
+                        only = tl.load(table_ptr + b * table_b + n0 // BN).to(tl.int32)
                         if only != -2:
                             mass0 += tl.where(only == 0, in_tile, 0.0)
                             if N_GROUPS > 1:

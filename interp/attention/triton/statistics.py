@@ -210,7 +210,9 @@ def statistics_kernel(
                     surprise, top, top_tile = gather(p, x, surprise, top, top_tile, n0, BM, BN)
                 if COLUMNS:
                     if QUERY_GROUPS:
-                        of_row = tl.load(query_groups_ptr + b * query_groups_b + rows, mask=row_ok, other=-1).to(tl.int32)
+                        of_row = tl.load(query_groups_ptr + b * query_groups_b + rows, mask=row_ok, other=-1).to(
+                            tl.int32
+                        )
                         for g in tl.static_range(N_QUERY_GROUPS):
                             if (g >= lowest) & (g <= highest):
                                 summed = tl.sum(tl.where((of_row == g)[None, :], p, 0.0), 1)
@@ -321,7 +323,9 @@ def mass_kernel(
                 if RIGHT:
                     visible = visible & (cols[None, :] <= q_slot + right)
                 if PADDING:
-                    visible = visible & (tl.load(padding_ptr + b * padding_b + cols, mask=col_ok, other=0) != 0)[None, :]
+                    visible = (
+                        visible & (tl.load(padding_ptr + b * padding_b + cols, mask=col_ok, other=0) != 0)[None, :]
+                    )
                 p = tl.exp2(tl.where(visible, x - lse2[:, None], HIDDEN))
                 only = tl.load(table_ptr + b * table_b + at).to(tl.int32)
                 if only != -2:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,8 +23,7 @@ from interp.attention.edits import (
     Uniform,
 )
 from interp.attention.triton import tiles
-
-Arguments = dict[str, Any]
+from interp.attention.triton.launching import Arguments, placeholder
 
 
 def strides(tensor: Tensor, axes: int = 3) -> tuple[int, ...]:
@@ -57,32 +56,41 @@ def next_power(n: int) -> int:
 
 @dataclass(eq=False)
 class Tables:
-    """The arguments that every launch about one call shares.
+    """The arguments that every launch about calls of one kind shares; what changes from call to call is left out.
 
     Attributes:
-        arguments: pointers, strides, numbers and flags by the kernel's names.
+        call: such a call, with stand-ins that have no data for its operands.
+        arguments: pointers, strides, numbers and flags by the kernels' names.
         always_mask: every tile needs its mask evaluated, whatever causality and windows say of it.
         lists: whether visible blocks come as lists (block patterns) instead of ranges.
-        plain: scores are only scaled, so that the scale can move into the exponent.
     """
 
     call: Call
+    device: torch.device
     arguments: Arguments = field(default_factory=dict[str, Any])
     always_mask: bool = False
     lists: bool = False
-    plain: bool = True
 
-    @property
-    def precision(self) -> str:
-        return "ieee"
+    def scaled_only(self, uniform: bool) -> bool:
+        """Whether scores are only scaled, by positive factors, so that the scale can move into the exponent."""
+        a = self.arguments
+        return a["scale"] > 0 and not (a["SOFTCAP"] or a["BIAS"] or a["BETA"] or a["THRESHOLD"] or uniform)
+
+
+def operands(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as the kernels take them: contiguous along the head dim."""
+    return row_major(call.q), row_major(call.k), row_major(call.v)
 
 
 def tables(call: Call, upcast: bool) -> Tables:
     """Read a call; tiny tensor operations at most, nothing of size queries x keys unless the mask is dense already."""
-    q, k, v = row_major(call.q), row_major(call.k), row_major(call.v)
+    q, k, v = operands(call)
     _, heads, n_queries, n_keys = call.shape
     mask, edit, device = call.mask, call.edit, q.device
-    out = Tables(call)
+    nothing = placeholder(device)
+    standin = {name: torch.empty_like(x, device="meta") for name, x in (("q", q), ("k", k), ("v", v))}
+    bias = None if call.bias is None else row_major(call.bias)
+    out = Tables(replace(call, **standin, bias=None if bias is None else torch.empty_like(bias, device="meta")), device)
     left, right = mask.window or (None, None)
     scale = call.scale
     divisor: Tensor | None = None
@@ -99,42 +107,39 @@ def tables(call: Call, upcast: bool) -> Tables:
         dense = mask.visible(q.shape[0], n_queries, n_keys, device)
     a = out.arguments
     a.update(
-        q_ptr=q, k_ptr=k, v_ptr=v, q_b=q.stride(0), q_h=q.stride(1), q_m=q.stride(2), k_b=k.stride(0), k_h=k.stride(1),
+        q_b=q.stride(0), q_h=q.stride(1), q_m=q.stride(2), k_b=k.stride(0), k_h=k.stride(1),
         k_n=k.stride(2), v_b=v.stride(0), v_h=v.stride(1), v_n=v.stride(2), scale=scale, softcap=call.softcap or 0.0,
         n_samples=q.shape[0], n_heads=heads, n_queries=n_queries, n_keys=n_keys, delta=mask.q_offset - mask.kv_offset,
-        q_offset=mask.q_offset, kv_offset=mask.kv_offset, left=left or 0, right=right or 0, sinks_ptr=q if call.sinks is None else call.sinks,
+        q_offset=mask.q_offset, kv_offset=mask.kv_offset, left=left or 0, right=right or 0, v_dtype=q.dtype,
         HEAD_DIM=q.shape[3], V_DIM=v.shape[3], D=max(next_power(q.shape[3]), 16), DV=max(next_power(v.shape[3]), 16),
-        KV_GROUP=heads // k.shape[1], UPCAST=upcast, PRECISION=out.precision, CAUSAL=mask.causal, LEFT=left is not None,
+        KV_GROUP=heads // k.shape[1], UPCAST=upcast, PRECISION="ieee", CAUSAL=mask.causal, LEFT=left is not None,
         RIGHT=right is not None, SOFTCAP=call.softcap is not None, BIAS=call.bias is not None, DENSE=dense is not None,
         PADDING=mask.padding is not None, SINKS=call.sinks is not None, ROW_SCALE=divisor is not None, GAIN=gain is not None,
-        **per_row("row_scale", divisor, q), **per_row("gain", gain, q),
+        **per_row("row_scale", divisor, nothing), **per_row("gain", gain, nothing), **per_row("bias", bias, nothing),
+        **per_row("dense", None if dense is None else row_major(dense).view(torch.uint8), nothing),
+        bias_hidden=0.0 if bias is None else torch.finfo(bias.dtype).min / 2,
     )  # fmt: skip
-    bias = None if call.bias is None else row_major(call.bias)
-    a.update(per_row("bias", bias, q), bias_hidden=0.0 if bias is None else torch.finfo(bias.dtype).min / 2)
-    a.update(per_row("dense", None if dense is None else row_major(dense).view(torch.uint8), q))
-    padding = mask.padding
+    padding, first = mask.padding, mask.first
     a.update(
-        padding_ptr=q if padding is None else row_major(padding.to(device)).view(torch.uint8),
+        padding_ptr=nothing if padding is None else row_major(padding.to(device)).view(torch.uint8),
         padding_b=0 if padding is None else strides(padding, 1)[0],
     )
-    first = mask.first
     if padding is not None or edit.of(SinkWindow):
         first = torch.zeros(1, dtype=torch.int32, device=device) if first is None else first.to(device, torch.int32)
-    a.update(first_ptr=q if first is None else first, first_b=0 if first is None else strides(first, 1)[0])
+        a.update(first_ptr=first, first_b=strides(first, 1)[0])
+    else:
+        a.update(first_ptr=nothing, first_b=0)
     _restrictions(out, edit, device)
-    _weights(out, edit, q)
-    out.always_mask = (
+    _weights(out, edit, nothing)
+    out.always_mask = bool(
         out.lists or bias is not None or dense is not None or padding is not None or a["THRESHOLD"]
         or a["N_DROP"] > 0 or a["N_COORDS"] > 0 or a["BLOCKS"] or a["BETA"]
     )  # fmt: skip
-    out.plain = scale > 0 and not (
-        call.softcap is not None or bias is not None or a["BETA"] or a["UNIFORM"] or a["THRESHOLD"]
-    )
     return out
 
 
 def _restrictions(out: Tables, edit: Edit, device: torch.device) -> None:
-    a, nothing = out.arguments, out.arguments["q_ptr"]
+    a, nothing = out.arguments, placeholder(device)
     bits_all, bits = 0, None
     acting: list[tuple[Any, int]] = [(op, tiles.UNIFORM_BIT.value) for op in edit.of(Uniform)]
     acting += [(op, tiles.SINK_WINDOW_BIT.value) for op in edit.of(SinkWindow)]
@@ -203,17 +208,6 @@ def _weights(out: Tables, edit: Edit, nothing: Tensor) -> None:
     a.update(per_row("weight", None, nothing), WEIGHT=0)
 
 
-def with_weights(arguments: Arguments, weights: Tensor, how: int) -> Arguments:
-    """The arguments of a launch under row-wise group weights ``[B|1, H|1, Lq|1, G]``; ``how`` as the kernel's WEIGHT."""
-    weights = weights.float().contiguous()
-    return {
-        **arguments,
-        **per_row("weight", weights, weights),
-        "WEIGHT": how,
-        "EDIT_GROUPS": weights.shape[-1],
-    }
-
-
 def row_weights(op: GroupWeights, call: Call) -> Tensor:
     """An operation's table by row, ``[B|1, H|1, Lq|1, G]``: 1 where it does not act."""
     weight = op.weight
@@ -226,14 +220,13 @@ def row_weights(op: GroupWeights, call: Call) -> Tensor:
     return weight if op.where is None else torch.where(op.where.unsqueeze(-1), weight, 1.0)
 
 
-def visible_lists(call: Call, bm: int, bn: int) -> Tensor:
+def visible_lists(call: Call, bm: int, bn: int, device: torch.device) -> Tensor:
     """Blocks of keys that a block of rows may see at all: int32 ``[H|1, row blocks, 1 + n]``, a count and then numbers.
 
     Worked out on block numbers and on the boxes around coordinates, never on single pairs, so it may list a block in which
     nothing is visible after all.
     """
     _, _, n_queries, n_keys = call.shape
-    device = call.q.device
     n_rows, n_cols = -(-n_queries // bm), -(-n_keys // bn)
     row = torch.arange(n_rows, device=device)
     col = torch.arange(n_cols, device=device)

@@ -1,0 +1,83 @@
+"""Calls of one kind: the same mask, edit and readout on operands of the same shapes, as every layer of a model makes them.
+
+Checking the arguments, choosing a backend and preparing its launches is done once a kind. Kinds are told apart by the identity
+of the mask, edit and readout objects (which are frozen) and by the versions of the tensors in them, so that a tensor changed
+in place is looked at again.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from torch import Tensor
+
+from interp.attention.backends import Backend
+from interp.attention.edits import Edit
+from interp.attention.mask import Mask
+
+KEPT = 64
+"""Kinds remembered; a forward of a large vision-language model makes about ten."""
+
+
+@dataclass(eq=False)
+class Kind:
+    """What calls of one kind share.
+
+    Attributes:
+        holds: the objects whose identity is part of the key: while they are held, no other object has their address.
+        versions: tensors inside them, with the version they were checked at.
+    """
+
+    holds: tuple[Any, ...]
+    mask: Mask
+    edit: Edit
+    pooled_edge: int
+    backend_name: str
+    backend: Backend
+    versions: list[tuple[Tensor, int]]
+    memo: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def current(self) -> bool:
+        return all(tensor._version == version for tensor, version in self.versions)
+
+
+_kinds: OrderedDict[tuple[Any, ...], Kind] = OrderedDict()
+
+
+def known(key: tuple[Any, ...]) -> Kind | None:
+    """The kind of that key, unless a tensor of it has changed since."""
+    kind = _kinds.get(key)
+    return kind if kind is not None and kind.current else None
+
+
+def remember(key: tuple[Any, ...], kind: Kind) -> None:
+    _kinds[key] = kind
+    while len(_kinds) > KEPT:
+        _kinds.popitem(last=False)
+
+
+def shape_of(tensor: Tensor | None) -> Any:
+    """What of an operand belongs to the key."""
+    if tensor is None:
+        return None
+    return (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
+
+
+def versions(*things: Any) -> list[tuple[Tensor, int]]:
+    """Tensors of dataclasses with their versions; one made in inference mode has none, and cannot be changed outside it."""
+    return [(tensor, tensor._version) for thing in things for tensor in _tensors(thing) if not tensor.is_inference()]
+
+
+def _tensors(thing: Any) -> Iterator[Tensor]:
+    if isinstance(thing, Tensor):
+        yield thing
+    elif isinstance(thing, tuple):
+        for part in thing:
+            yield from _tensors(part)
+    elif is_dataclass(thing) and not isinstance(thing, type):
+        for f in fields(thing):
+            yield from _tensors(getattr(thing, f.name))

@@ -1,0 +1,139 @@
+"""The pass of the statistics kernel and of the mass kernel beside it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from interp.attention.triton import configs
+from interp.attention.triton.launching import Arguments, Launch, placeholder
+from interp.attention.triton.passes import Buffer, Live, Wanted
+from interp.attention.triton.statistics import mass_kernel, statistics_kernel
+from interp.attention.triton.summing import SumBlocks, SumParts, block_table
+from interp.attention.triton.tables import Tables, strides
+
+SMALLEST_EDGE = 16
+"""Block sums are made of sums over 16 keys, the height of a slab of a matrix product's result."""
+
+SHARED = (
+    "q_b", "q_h", "q_m", "k_b", "k_h", "k_n", "scale", "softcap", "n_samples", "n_heads", "n_queries", "n_keys", "delta",
+    "kv_offset", "left", "right", "row_scale_ptr", "row_scale_b", "row_scale_h", "row_scale_q", "padding_ptr", "padding_b",
+    "first_ptr", "first_b", "HEAD_DIM", "D", "KV_GROUP", "UPCAST", "PRECISION", "CAUSAL", "LEFT", "RIGHT", "PADDING",
+    "SOFTCAP", "ROW_SCALE",
+)  # fmt: skip
+"""Arguments in common with the row-stationary kernel."""
+
+
+def covers(shared: Tables, wanted: Wanted) -> bool:
+    """Whether this pass can give what is wanted: of scaled, perhaps softcapped scores under plain masks."""
+    a = shared.arguments
+    edited = (
+        a["BIAS"] or a["DENSE"] or a["UNIFORM"] or a["SINK_WINDOW"] or a["BLOCKS"] or a["N_COORDS"] or a["THRESHOLD"]
+    )
+    edited = edited or a["N_DROP"] or a["BETA"] or wanted.weights
+    return not edited and not wanted.topk and (not wanted.pooled or shared.call.pooled_edge >= SMALLEST_EDGE)
+
+
+class StatisticsPass:
+    """Row statistics, column sums and block sums of a finished softmax."""
+
+    def __init__(self, shared: Tables, wanted: Wanted) -> None:
+        call, device = shared.call, shared.device
+        batch, n_heads, n_queries, n_keys = call.shape
+        heads = n_heads if wanted.heads is None else len(wanted.heads)
+        config = configs.choose_statistics(call, shared)
+        nothing = placeholder(device)
+        self.device, self.wanted = device, wanted
+        self.buffers: list[Buffer] = []
+        self.after: list[SumParts | SumBlocks] = []
+        n_blocks, edge = -(-n_queries // config.bm), call.pooled_edge
+        across = max(config.bm // edge, 1) if wanted.pooled else 0
+        query_groups = call.readout.query_groups
+        n_query_groups = call.readout.n_query_groups if wanted.columns else 1
+        columns = wanted.columns or wanted.pooled
+        a: Arguments = {name: shared.arguments[name] for name in SHARED}
+        a.update(
+            heads_ptr=nothing if wanted.heads is None else wanted.heads,
+            HEAD_LIST=wanted.heads is not None,
+            n_heads_read=heads,
+        )
+        own: Arguments = {
+            "query_groups_ptr": nothing if query_groups is None else query_groups,
+            "query_groups_b": 0 if query_groups is None else strides(query_groups, 1)[0],
+            "QUERY_GROUPS": query_groups is not None, "N_QUERY_GROUPS": n_query_groups, "ROW_STATS": wanted.row_stats,
+            "COLUMNS": columns, "ACROSS": across, "n_parts": n_blocks, "pool_h": 0, "pool_q": 0,
+        }  # fmt: skip
+        rows = (batch, heads, n_queries)
+        self.mass = MassPass(shared, wanted, config, a, heads, n_blocks) if wanted.row_stats else None
+        if wanted.row_stats:
+            self.buffers += [
+                Buffer("top_weight_ptr", "top_weight", rows),
+                Buffer("top_key_ptr", "top_key", rows, torch.int32),
+                Buffer("entropy_ptr", "entropy", rows),
+            ]
+        if columns:
+            self.buffers.append(Buffer("part_ptr", "", (batch * heads, n_query_groups, n_blocks, n_keys)))
+        if wanted.columns:
+            self.after.append(SumParts({**a, **own}, config, n_blocks, n_query_groups, batch, heads, False))
+        if wanted.pooled:
+            shape = (batch * heads, n_blocks * across, -(-n_keys // SMALLEST_EDGE))
+            self.buffers.append(Buffer("pool_ptr", "", shape, zeros=True))
+            own.update(pool_h=shape[1] * shape[2], pool_q=shape[2])
+            blocks = SumBlocks(edge, config.bm // across, SMALLEST_EDGE, n_queries, n_keys, (batch, heads))
+            self.after.append(blocks)
+        live = {"q_ptr", "k_ptr", "lse_ptr", *(buffer.argument for buffer in self.buffers)}
+        for name in ("top_weight_ptr", "top_key_ptr", "entropy_ptr", "part_ptr", "pool_ptr"):
+            own.setdefault(name, nothing)
+        fixed = {name: value for name, value in {**a, **own}.items() if name not in live}
+        self.launch = Launch(
+            statistics_kernel, (batch * heads * n_blocks,), fixed, BM=config.bm, BN=config.bn, num_warps=config.warps,
+            num_stages=config.stages, **configs.registers(config),
+        )  # fmt: skip
+
+    def __call__(self, x: Live) -> dict[str, Tensor]:
+        """Launch both kernels; tensors by the names of readings."""
+        assert x.lse is not None
+        made = {buffer.argument: buffer.make(self.device) for buffer in self.buffers}
+        self.launch({"q_ptr": x.q, "k_ptr": x.k, "lse_ptr": x.lse, **made})
+        out = {buffer.reading: made[buffer.argument] for buffer in self.buffers if buffer.reading}
+        if self.mass is not None:
+            out.update(self.mass(x))
+        for step in self.after:
+            out.update(step(made))
+        return out
+
+
+class MassPass:
+    """``mass`` and ``sink_share``, from the tiles that hold more than the commonest group."""
+
+    def __init__(
+        self, shared: Tables, wanted: Wanted, config: configs.Config, common: Arguments, heads: int, n_blocks: int
+    ) -> None:
+        nothing = placeholder(shared.device)
+        batch, _, n_queries, _ = shared.call.shape
+        groups, sinks = wanted.groups, shared.arguments["SINKS"]
+        self.device, self.sinks = nothing.device, sinks
+        rows = (batch, heads, n_queries)
+        self.buffers = (
+            Buffer("mass_ptr", "mass", (*rows, wanted.n_groups)),
+            Buffer("share_ptr", "sink_share", rows, zeros=not sinks),
+        )
+        fixed = {
+            **common, "SINKS": sinks, "groups_ptr": nothing if groups is None else groups,
+            "groups_b": 0 if groups is None else strides(groups, 1)[0], "GROUPS": groups is not None,
+            "N_GROUPS": wanted.n_groups, **block_table(groups, config.bn, nothing),
+        }  # fmt: skip
+        if not sinks:
+            fixed["sinks_ptr"] = nothing
+        self.launch = Launch(
+            mass_kernel, (batch * heads * n_blocks,), fixed, BM=config.bm, BN=config.bn, num_warps=4, num_stages=2
+        )
+
+    def __call__(self, x: Live) -> dict[str, Tensor]:
+        assert x.lse is not None
+        made = {buffer.argument: buffer.make(self.device) for buffer in self.buffers}
+        live = {"q_ptr": x.q, "k_ptr": x.k, "lse_ptr": x.lse, **made}
+        if self.sinks and x.sinks is not None:
+            live["sinks_ptr"] = x.sinks
+        self.launch(live)
+        return {buffer.reading: made[buffer.argument] for buffer in self.buffers}

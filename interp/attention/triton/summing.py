@@ -1,0 +1,82 @@
+"""What follows a launch: partial column sums and block sums are added up. Also the table of key groups by tile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from interp.attention.triton import columns
+from interp.attention.triton.configs import Config
+from interp.attention.triton.launching import Arguments, Launch
+from interp.attention.triton.tables import strides
+
+
+class SumParts:
+    """``received [B, Hs, Gq, Lk]`` from the parts ``[B * Hs, Gq, blocks, Lk]`` that a launch leaves in ``part_ptr``."""
+
+    def __init__(
+        self, a: Arguments, config: Config, n_blocks: int, n_groups: int, batch: int, heads: int, zeroed: bool
+    ) -> None:
+        n_keys = a["n_keys"]
+        self.shape = (batch, heads, n_groups, n_keys)
+        names = (
+            "query_groups_ptr",
+            "first_ptr",
+            "first_b",
+            "n_queries",
+            "n_keys",
+            "delta",
+            "kv_offset",
+            "left",
+            "right",
+        )
+        flags = ("CAUSAL", "LEFT", "RIGHT", "PADDING", "QUERY_GROUPS")
+        fixed = {name: a[name] for name in (*names, *flags)}
+        fixed.update(
+            groups_b=a["query_groups_b"], n_parts=n_blocks, n_heads=heads, BM=config.bm, BN=config.bn, BK=128, PARTS=8,
+            ZEROED=bool(zeroed), N_QUERY_GROUPS=n_groups,
+        )  # fmt: skip
+        self.launch = Launch(columns.sum_parts_kernel, (-(-n_keys // 128), batch * heads * n_groups), fixed)
+
+    def __call__(self, made: dict[str, Tensor]) -> dict[str, Tensor]:
+        received = torch.empty(self.shape, device=made["part_ptr"].device)
+        self.launch({"part_ptr": made["part_ptr"], "out_ptr": received})
+        return {"received": received}
+
+
+class SumBlocks:
+    """``pooled [B, Hs, ceil(Lq / edge), ceil(Lk / edge)]`` from sums over ``tall`` rows and ``wide`` keys in ``pool_ptr``."""
+
+    def __init__(self, edge: int, tall: int, wide: int, n_queries: int, n_keys: int, leading: tuple[int, int]) -> None:
+        self.rows, self.cols = -(-n_queries // edge), -(-n_keys // edge)
+        self.tall, self.wide = edge // tall, edge // wide
+        self.leading = leading
+
+    def __call__(self, made: dict[str, Tensor]) -> dict[str, Tensor]:
+        pool = made["pool_ptr"]
+        rows, cols = self.rows * self.tall, self.cols * self.wide
+        short = rows - pool.shape[1], cols - pool.shape[2]
+        if short[0] > 0 or short[1] > 0:
+            pool = torch.nn.functional.pad(pool, (0, max(short[1], 0), 0, max(short[0], 0)))
+        pool = pool[:, :rows, :cols]
+        if self.tall > 1 or self.wide > 1:
+            pool = pool.unflatten(1, (self.rows, self.tall)).unflatten(-1, (self.cols, self.wide)).sum((2, 4))
+        return {"pooled": pool.contiguous().unflatten(0, self.leading)}
+
+
+def block_table(groups: Tensor | None, bn: int, nothing: Tensor) -> Arguments:
+    """Which blocks of keys are of one group; kept on the groups tensor, which many layers share."""
+    if groups is None:
+        return {"table_ptr": nothing, "table_b": 0}
+    kept: dict[Any, Tensor] = groups.__dict__.setdefault("_interp_block_groups", {})
+    key = (bn, groups._version)
+    if key not in kept:
+        batch, n_keys = groups.shape
+        table = torch.empty((batch, 2 * -(-n_keys // bn) + 1), dtype=torch.int16, device=groups.device)
+        fixed: Arguments = {"groups_b": groups.stride(0), "n_keys": n_keys, "BN": bn}
+        Launch(columns.block_groups_kernel, (batch,), fixed)({"groups_ptr": groups, "out_ptr": table})
+        kept[key] = table
+    table = kept[key]
+    return {"table_ptr": table, "table_b": strides(table, 1)[0]}
