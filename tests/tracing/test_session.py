@@ -277,7 +277,7 @@ def test_samples_that_stop_early_end(llama):
         assert np.isnan(entropy[sample, 0, 0, prompt + made - 1 :]).all()
 
 
-def test_peft_wrapped_pipelined_and_compiled_models_are_seen(llama):
+def test_peft_wrapped_and_compiled_models_are_seen(llama):
     peft = pytest.importorskip("peft")
     ids = ids_of(llama)
     with torch.no_grad():
@@ -294,6 +294,54 @@ def test_peft_wrapped_pipelined_and_compiled_models_are_seen(llama):
     with interp.hooked(wrapped, capture=ROWS) as run:
         wrapped.generate(input_ids=ids, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert run.trace["text"].sizes["query"] == 12
+
+
+def test_a_pipeline_is_seen_and_answers_as_before(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, TextGenerationPipeline
+
+    words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(96)}, unk_token="w3"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w3", pad_token="w0")
+    pipe = TextGenerationPipeline(build("llama").module, tokenizer=tokenizer)
+    pipe.model.generation_config.eos_token_id = None
+
+    def ask():
+        return pipe("w12 w40 w7", max_new_tokens=4, do_sample=False)[0]["generated_text"]
+
+    plain = ask()
+    with interp.hooked(pipe, capture=ROWS) as run:
+        assert ask() == plain
+    with interp.hooked(pipe, interventions=[Scale(0.0)]):
+        assert ask() != plain
+    assert run.trace["text"].sizes["query"] == 3 + 4 - 1
+    assert ask() == plain
+
+
+def test_several_images_of_one_prompt_stay_apart():
+    specimen = build("llava")
+    one, module = specimen.inputs, specimen.module
+    picture = one["input_ids"][0] == module.config.image_token_id
+    first, stop = int(picture.nonzero()[0]), int(picture.nonzero()[-1]) + 1
+    ids = torch.cat([one["input_ids"][:, :stop], one["input_ids"][:, first - 1 :]], 1)
+    pixels = torch.cat([one["pixel_values"], one["pixel_values"].flip(-1)])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    capture = interp.Capture(attention=True, row_stats=True)
+    with interp.hooked(module, capture=capture) as run:
+        module.generate(**inputs, max_new_tokens=3, do_sample=False)
+    with torch.no_grad(), interp.hooked(module, capture=interp.Capture(attention=True, stacks=["vision"])) as alone:
+        for image in pixels:
+            module(**{**one, "pixel_values": image[None]})
+    text, vision = run.trace["text"], run.trace["vision"]
+    patches = stop - first
+    assert text["image"].values[0, first:stop].tolist() == [0] * patches
+    assert text["image"].values[0, stop + 1 : stop + 1 + patches].tolist() == [1] * patches
+    assert vision.sizes["sample"] == 2
+    assert vision["image"].values[:, 1].tolist() == [0, 1]
+    for n, trace in enumerate(alone.traces):
+        np.testing.assert_allclose(vision["attention"].values[n], trace["vision"]["attention"].values[0], atol=1e-5)
+    on_images = text["attention"].values[0, ..., (text["image"].values[0] >= 0)].sum(0)
+    np.testing.assert_allclose(text["mass"].sel(group="image").values[0], on_images, atol=1e-5)
 
 
 def test_two_models_that_share_a_config_do_not_disturb_each_other():
