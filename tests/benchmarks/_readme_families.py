@@ -22,7 +22,8 @@ def table() -> str:
         stacks = ", ".join(f"{s} {a} x {b}" for s, (a, b) in shape.shapes().items()) or "none"
         for stack, layers in shape.without_softmax.items():
             stacks += f" ({stack} layers {', '.join(map(str, layers))} have no softmax attention)"
-        missing = ", ".join(sorted({entry.split("(")[-1].rstrip(")") for entry in shape.unreached})) or "-"
+        missing = ", ".join(sorted({entry.split("(")[-1].rstrip(")") for entry in shape.unreached}))
+        missing = missing or ("-" if shape.sites else "no attention")
         measured = checked(specimen) if shape.sites else ["-"] * 6
         rows.append([name, stacks, *measured, missing])
         print("; ".join(rows[-1]), file=sys.stderr, flush=True)
