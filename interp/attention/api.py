@@ -110,7 +110,9 @@ def attend(
     )
     if kind is None:
         call, kind = _first_of_kind(call, backend, (mask, edit, readout))
-        kinds.remember(key, kind)
+        # A table made by other tensors that want a gradient would be held with all of its history.
+        if not any(tensor.grad_fn is not None for tensor, _ in kind.versions):
+            kinds.remember(key, kind)
     output, readings = kind.backend.run(call)
     readings.backend = kind.backend_name
     return Attended(output, readings)

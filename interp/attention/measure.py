@@ -252,6 +252,8 @@ def _pair_histogram(p: Tensor, bins: OffsetBins) -> Tensor:
         n_bins *= hi - lo + 1
     special = (queries < 0).any(-1)[:, :, None] | (keys < 0).any(-1)[:, None]
     number = torch.where(special, n_bins, torch.where(inside, number, n_bins + 1)).long()
-    histogram = p.new_zeros(batch, heads, n_bins + 2)
+    # On a GPU additions happen in any order: in double precision the order leaves no trace in the rounded sum.
+    wide = p.double() if p.is_cuda else p
+    histogram = wide.new_zeros(batch, heads, n_bins + 2)
     number = number.unsqueeze(1).expand(p.shape).flatten(-2)
-    return histogram.scatter_add(-1, number, p.flatten(-2))[..., : n_bins + 1]
+    return histogram.scatter_add(-1, number, wide.flatten(-2))[..., : n_bins + 1].to(p.dtype)

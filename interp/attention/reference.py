@@ -151,7 +151,8 @@ def allows(op: Restriction, call: Call, s: Tensor) -> Tensor:
     match op:
         case SinkWindow():
             first = 0 if call.mask.first is None else call.mask.first.to(s.device)[:, None, None, None]
-            return (j - first < per_head(op.sink)) | (i - j < per_head(op.window))
+            kept = (j - first < per_head(op.sink)) | (i - j < per_head(op.window))
+            return kept if kept.ndim == 4 else kept[None, None]
         case Blocks():
             return op.allowed[:, i // op.block, j // op.block].unsqueeze(0)
         case Neighbourhood():

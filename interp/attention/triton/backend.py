@@ -32,6 +32,7 @@ from interp.attention.edits import (
 from interp.attention.readouts import Readings, Readout
 from interp.attention.triton.counting import received_rows
 from interp.attention.triton.devices import interpreted, unusable
+from interp.attention.triton.gradients import differentiable, lacks_gradient
 from interp.attention.triton.passes import Live, Pass, Wanted
 from interp.attention.triton.statistics_pass import StatisticsPass, covers
 from interp.attention.triton.tables import operands, row_major, row_weights, tables
@@ -63,13 +64,13 @@ def supports(call: Call) -> str | None:
     for kind in ONE_OF:
         if len(call.edit.of(kind)) > 1:
             return f"it takes one {kind.__name__} at a time"
-    if call.needs_grad:
-        return "it has no gradient for this call"
-    return None
+    return lacks_gradient(call) if call.needs_grad else None
 
 
 def run(call: Call) -> tuple[Tensor | None, Readings]:
     """z ``[B, Lq, H, Dv]`` in q's dtype (None where not wanted) and the readings."""
+    if call.needs_grad and call.want_output:
+        return differentiable(call), Readings()
     with torch.no_grad():
         memo = {} if call.memo is None else call.memo
         plan = memo.get("triton")

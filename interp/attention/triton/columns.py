@@ -8,11 +8,11 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["n_parts", "n_queries", "n_keys", "n_heads", "delta", "left", "right", "first_b", "groups_b", "kv_offset"])  # fmt: skip
 def sum_parts_kernel(
-    part_ptr, out_ptr, query_groups_ptr, groups_b, first_ptr, first_b,
+    part_ptr, out_ptr, pool_ptr, query_groups_ptr, groups_b, first_ptr, first_b,
     n_parts, n_queries, n_keys, n_heads, delta, kv_offset, left, right,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
     CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PADDING: tl.constexpr, ZEROED: tl.constexpr,
-    N_QUERY_GROUPS: tl.constexpr, QUERY_GROUPS: tl.constexpr,
+    N_QUERY_GROUPS: tl.constexpr, QUERY_GROUPS: tl.constexpr, BLOCKS: tl.constexpr, RECEIVED: tl.constexpr,
 ):  # fmt: skip
     """``received [B * H, Gq, Lk]`` from parts ``[B * H, Gq, n_parts, Lk]``.
 
@@ -58,8 +58,13 @@ def sum_parts_kernel(
                 highest = tl.max(group, axis=1)
                 written = written & ((g >= lowest) & (g <= highest))[:, None]
         at = part_ptr + (bhg * n_parts + part.to(tl.int64)[:, None]) * n_keys + cols[None, :]
-        total += tl.sum(tl.load(at, mask=written, other=0.0), 0)
-    tl.store(out_ptr + bhg * n_keys + cols, total, mask=col_ok)
+        chunk = tl.sum(tl.load(at, mask=written, other=0.0), 0)
+        total += chunk
+        if BLOCKS:
+            pool_at = pool_ptr + (bhg * tl.cdiv(n_parts, PARTS) + first // PARTS) * tl.num_programs(0)
+            tl.store(pool_at + tl.program_id(0), tl.sum(chunk, 0))
+    if RECEIVED:
+        tl.store(out_ptr + bhg * n_keys + cols, total, mask=col_ok)
 
 
 @triton.jit(do_not_specialize=["n_keys", "groups_b"])

@@ -39,12 +39,18 @@ def choose(call: Call, wanted: Wanted, tables: Tables) -> Config:
         return forced
     if tables.device.type == "cpu":
         return INTERPRETED
-    width = max(tables.arguments["D"], tables.arguments["DV"] if wanted.output else 0)
+    a = tables.arguments
+    width = max(a["D"], a["DV"] if wanted.output else 0)
     if call.q.dtype == torch.float32:
         return Config(64, 32, 4, 2) if width <= 128 else Config(32, 32, 4, 1)
     if width > 128:
         return Config(64, 32, 4, 2)
-    return Config(128, 64, 4 if not wanted.output else 8, 3)
+    if wanted.row_stats and not wanted.given:
+        # Statistics take the registers of a larger tile: two small programs a multiprocessor beat one that spills.
+        return Config(64, 64, 4, 2)
+    if not wanted.output:
+        return Config(128, 64, 4, 2)
+    return Config(128, 128, 8, 3) if width == 128 else Config(128, 64, 8, 3)
 
 
 def choose_statistics(call: Call, tables: Tables) -> Config:
@@ -56,4 +62,4 @@ def choose_statistics(call: Call, tables: Tables) -> Config:
     width = tables.arguments["D"]
     if call.q.dtype == torch.float32:
         return Config(64, 32, 4, 2) if width <= 128 else Config(32, 32, 4, 1)
-    return Config(128, 64, 4, 3 if width <= 64 else 2) if width <= 128 else Config(64, 64, 4, 2)
+    return Config(128, 64, 4, 3) if width <= 128 else Config(64, 64, 4, 2)

@@ -338,9 +338,9 @@ def rows_kernel(
                     new_top = tl.maximum(top, largest)
                     if ROW_STATS:
                         rises = largest > top
-                        if tl.max(rises.to(tl.int32), 0) > 0:
-                            which = tl.min(tl.where(x == largest_raw[:, None], cols[None, :], 2147483647), 1)
-                            top_key = tl.where(rises, which, top_key)
+                        # Skipping this where no row rises costs more than it saves: all warps would have to agree first.
+                        which = tl.min(tl.where(x == largest_raw[:, None], cols[None, :], 2147483647), 1)
+                        top_key = tl.where(rises, which, top_key)
                     # A row that has seen nothing yet is measured against 0: against its own huge negative score, a fused
                     # multiply-add would leave the rounding error of that score.
                     against = tl.where(new_top > DEAD, new_top, 0.0)
@@ -415,9 +415,8 @@ def rows_kernel(
                     largest = tl.max(p, 1)
                     if ROW_STATS:
                         rises = largest > top
-                        if tl.max(rises.to(tl.int32), 0) > 0:
-                            which = tl.min(tl.where(p == largest[:, None], cols[None, :], 2147483647), 1)
-                            top_key = tl.where(rises, which, top_key)
+                        which = tl.min(tl.where(p == largest[:, None], cols[None, :], 2147483647), 1)
+                        top_key = tl.where(rises, which, top_key)
                         top = tl.maximum(top, largest)
                     if TOPK:
                         left_over = p

@@ -68,13 +68,15 @@ def gather(p, x, surprise, top, top_tile, n0, BM: tl.constexpr, BN: tl.constexpr
 
 
 @triton.jit
-def store_blocks(parted, pool_at, pool_q, block, n0, n_keys, BN: tl.constexpr, ACROSS: tl.constexpr):
-    """Sums of 16 keys by ``BM / ACROSS`` rows, from the sums ``[BN, ACROSS]`` of single keys."""
-    column = n0 // 16 + tl.arange(0, BN // 16)
+def store_blocks(
+    parted, pool_at, pool_q, block, n0, n_keys, BN: tl.constexpr, ACROSS: tl.constexpr, WIDE: tl.constexpr
+):
+    """Sums of WIDE keys by ``BM / ACROSS`` rows, from the sums ``[BN, ACROSS]`` of single keys."""
+    column = n0 // WIDE + tl.arange(0, BN // WIDE)
     row = block * ACROSS + tl.arange(0, ACROSS)
-    slabs = tl.sum(tl.reshape(parted, (BN // 16, 16, ACROSS)), 1)
+    slabs = tl.sum(tl.reshape(parted, (BN // WIDE, WIDE, ACROSS)), 1)
     at = pool_at + row[None, :] * pool_q + column[:, None]
-    tl.store(at, slabs, mask=(column < tl.cdiv(n_keys, 16))[:, None])
+    tl.store(at, slabs, mask=(column < tl.cdiv(n_keys, WIDE))[:, None])
 
 
 @triton.jit(do_not_specialize=RUNNING_INTS)
@@ -85,7 +87,7 @@ def statistics_kernel(
     query_groups_ptr, query_groups_b, top_weight_ptr, top_key_ptr, entropy_ptr, part_ptr, n_parts, pool_ptr, pool_h, pool_q,
     BM: tl.constexpr, BN: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, KV_GROUP: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    PADDING: tl.constexpr, SOFTCAP: tl.constexpr, ROW_SCALE: tl.constexpr, ROW_STATS: tl.constexpr, COLUMNS: tl.constexpr, ACROSS: tl.constexpr, HEAD_LIST: tl.constexpr,
+    PADDING: tl.constexpr, SOFTCAP: tl.constexpr, ROW_SCALE: tl.constexpr, ROW_STATS: tl.constexpr, COLUMNS: tl.constexpr, ACROSS: tl.constexpr, WIDE: tl.constexpr, HEAD_LIST: tl.constexpr,
     N_QUERY_GROUPS: tl.constexpr, QUERY_GROUPS: tl.constexpr,
 ):  # fmt: skip
     """One block of rows of one head; ``ACROSS`` is the number of block sums across the rows of a tile, 0 for none.
@@ -179,7 +181,7 @@ def statistics_kernel(
                     group_part = part_at + tl.cast(n_parts, tl.int64) * n_keys * lowest + n0 + tl.arange(0, BN)
                     if ACROSS:
                         parted = tl.sum(tl.reshape(p, (BN, ACROSS, BM // ACROSS)), 2)
-                        store_blocks(parted, pool_at, pool_q, block, n0, n_keys, BN, ACROSS)
+                        store_blocks(parted, pool_at, pool_q, block, n0, n_keys, BN, ACROSS, WIDE)
                         tl.store(group_part, tl.sum(parted, 1))
                     else:
                         tl.store(group_part, tl.sum(p, 1))
@@ -222,7 +224,7 @@ def statistics_kernel(
                         tl.store(part_at + cols, tl.sum(p, 1), mask=col_ok)
                     if ACROSS:
                         parted = tl.sum(tl.reshape(p, (BN, ACROSS, BM // ACROSS)), 2)
-                        store_blocks(parted, pool_at, pool_q, block, n0, n_keys, BN, ACROSS)
+                        store_blocks(parted, pool_at, pool_q, block, n0, n_keys, BN, ACROSS, WIDE)
 
     if ROW_STATS:
         tl.store(entropy_ptr + row_at, tl.sum(surprise, 0) * -LN2, mask=row_ok)

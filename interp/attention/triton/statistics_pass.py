@@ -12,8 +12,8 @@ from interp.attention.triton.statistics import mass_kernel, statistics_kernel
 from interp.attention.triton.summing import SumBlocks, SumParts, block_table
 from interp.attention.triton.tables import Tables, strides
 
-SMALLEST_EDGE = 16
-"""Block sums are made of sums over 16 keys, the height of a slab of a matrix product's result."""
+SLAB = 16
+"""Keys of a slab of a matrix product's result, over which sums need no exchange between warps."""
 
 SHARED = (
     "q_b", "q_h", "q_m", "k_b", "k_h", "k_n", "scale", "softcap", "n_samples", "n_heads", "n_queries", "n_keys", "delta",
@@ -31,7 +31,7 @@ def covers(shared: Tables, wanted: Wanted) -> bool:
         a["BIAS"] or a["DENSE"] or a["UNIFORM"] or a["SINK_WINDOW"] or a["BLOCKS"] or a["N_COORDS"] or a["THRESHOLD"]
     )
     edited = edited or a["N_DROP"] or a["BETA"] or wanted.weights
-    return not edited and not wanted.topk and (not wanted.pooled or shared.call.pooled_edge >= SMALLEST_EDGE)
+    return not edited and not wanted.topk
 
 
 class StatisticsPass:
@@ -47,10 +47,12 @@ class StatisticsPass:
         self.buffers: list[Buffer] = []
         self.after: list[SumParts | SumBlocks] = []
         n_blocks, edge = -(-n_queries // config.bm), call.pooled_edge
-        across = max(config.bm // edge, 1) if wanted.pooled else 0
+        # Where a block of the pooled map holds whole blocks of rows, it is summed from the parts of the columns.
+        from_parts = wanted.pooled and edge >= config.bm
+        across = config.bm // edge if wanted.pooled and not from_parts else 0
         query_groups = call.readout.query_groups
-        n_query_groups = call.readout.n_query_groups if wanted.columns else 1
         columns = wanted.columns or wanted.pooled
+        n_query_groups = call.readout.n_query_groups if columns else 1
         a: Arguments = {name: shared.arguments[name] for name in SHARED}
         a.update(
             heads_ptr=nothing if wanted.heads is None else wanted.heads,
@@ -61,7 +63,7 @@ class StatisticsPass:
             "query_groups_ptr": nothing if query_groups is None else query_groups,
             "query_groups_b": 0 if query_groups is None else strides(query_groups, 1)[0],
             "QUERY_GROUPS": query_groups is not None, "N_QUERY_GROUPS": n_query_groups, "ROW_STATS": wanted.row_stats,
-            "COLUMNS": columns, "ACROSS": across, "n_parts": n_blocks, "pool_h": 0, "pool_q": 0,
+            "COLUMNS": columns, "ACROSS": across, "WIDE": min(edge, SLAB), "n_parts": n_blocks, "pool_h": 0, "pool_q": 0,
         }  # fmt: skip
         rows = (batch, heads, n_queries)
         self.mass = MassPass(shared, wanted, config, a, heads, n_blocks) if wanted.row_stats else None
@@ -73,13 +75,18 @@ class StatisticsPass:
             ]
         if columns:
             self.buffers.append(Buffer("part_ptr", "", (batch * heads, n_query_groups, n_blocks, n_keys)))
-        if wanted.columns:
-            self.after.append(SumParts({**a, **own}, config, n_blocks, n_query_groups, batch, heads, False))
-        if wanted.pooled:
-            shape = (batch * heads, n_blocks * across, -(-n_keys // SMALLEST_EDGE))
+        if wanted.columns or from_parts:
+            self.after.append(
+                SumParts(
+                    {**a, **own}, config, n_blocks, n_query_groups, batch, heads, False, edge=edge if from_parts else 0,
+                    received=wanted.columns,
+                )
+            )  # fmt: skip
+        if across:
+            shape = (batch * heads, n_blocks * across, -(-n_keys // min(edge, SLAB)))
             self.buffers.append(Buffer("pool_ptr", "", shape, zeros=True))
             own.update(pool_h=shape[1] * shape[2], pool_q=shape[2])
-            blocks = SumBlocks(edge, config.bm // across, SMALLEST_EDGE, n_queries, n_keys, (batch, heads))
+            blocks = SumBlocks(edge, config.bm // across, min(edge, SLAB), n_queries, n_keys, (batch, heads))
             self.after.append(blocks)
         live = {"q_ptr", "k_ptr", "lse_ptr", *(buffer.argument for buffer in self.buffers)}
         for name in ("top_weight_ptr", "top_key_ptr", "entropy_ptr", "part_ptr", "pool_ptr"):

@@ -14,12 +14,17 @@ from interp.attention.triton.tables import strides
 
 
 class SumParts:
-    """``received [B, Hs, Gq, Lk]`` from the parts ``[B * Hs, Gq, blocks, Lk]`` that a launch leaves in ``part_ptr``."""
+    """``received [B, Hs, Gq, Lk]`` from the parts ``[B * Hs, Gq, blocks, Lk]`` that a launch leaves in ``part_ptr``.
+
+    With ``edge`` (a multiple of a block's rows) also ``pooled`` on that edge.
+    """
 
     def __init__(
-        self, a: Arguments, config: Config, n_blocks: int, n_groups: int, batch: int, heads: int, zeroed: bool
-    ) -> None:
+        self, a: Arguments, config: Config, n_blocks: int, n_groups: int, batch: int, heads: int, zeroed: bool, *,
+        edge: int = 0, received: bool = True,
+    ) -> None:  # fmt: skip
         n_keys = a["n_keys"]
+        wide = min(edge, 128) if edge else 128
         self.shape = (batch, heads, n_groups, n_keys)
         names = (
             "query_groups_ptr",
@@ -35,15 +40,29 @@ class SumParts:
         flags = ("CAUSAL", "LEFT", "RIGHT", "PADDING", "QUERY_GROUPS")
         fixed = {name: a[name] for name in (*names, *flags)}
         fixed.update(
-            groups_b=a["query_groups_b"], n_parts=n_blocks, n_heads=heads, BM=config.bm, BN=config.bn, BK=128, PARTS=8,
-            ZEROED=bool(zeroed), N_QUERY_GROUPS=n_groups,
+            groups_b=a["query_groups_b"], n_parts=n_blocks, n_heads=heads, BM=config.bm, BN=config.bn, BK=wide,
+            ZEROED=bool(zeroed), N_QUERY_GROUPS=n_groups, BLOCKS=edge > 0, RECEIVED=received,
         )  # fmt: skip
-        self.launch = Launch(columns.sum_parts_kernel, (-(-n_keys // 128), batch * heads * n_groups), fixed)
+        # Parts of one chunk belong to one row of the pooled map.
+        chunk = min(edge // config.bm, 16) if edge else 8
+        fixed["PARTS"] = chunk
+        self.received = received
+        self.n_chunks, self.n_cols = -(-n_blocks // chunk), -(-n_keys // wide)
+        self.blocks = SumBlocks(edge, chunk * config.bm, wide, a["n_queries"], n_keys, (batch, heads)) if edge else None
+        self.launch = Launch(columns.sum_parts_kernel, (-(-n_keys // wide), batch * heads * n_groups), fixed)
 
     def __call__(self, made: dict[str, Tensor]) -> dict[str, Tensor]:
-        received = torch.empty(self.shape, device=made["part_ptr"].device)
-        self.launch({"part_ptr": made["part_ptr"], "out_ptr": received})
-        return {"received": received}
+        device = made["part_ptr"].device
+        received = torch.empty(self.shape if self.received else (1,), device=device)
+        batch, heads, n_groups, _ = self.shape
+        pool = torch.zeros(
+            (batch * heads, n_groups, self.n_chunks, self.n_cols) if self.blocks is not None else (1,), device=device
+        )
+        self.launch({"part_ptr": made["part_ptr"], "out_ptr": received, "pool_ptr": pool})
+        out = {"received": received} if self.received else {}
+        if self.blocks is not None:
+            out.update(self.blocks({"pool_ptr": pool.sum(1) if n_groups > 1 else pool[:, 0]}))
+        return out
 
 
 class SumBlocks:
