@@ -129,9 +129,14 @@ class StackArrays:
             return
         layer = self.layers.index(piece.layer)
         heads = [self.heads.index(h) for h in piece.heads]
-        picked = values[rows]
+        picked = values[_span(rows)]
         if picked.shape[1] == 1 and len(heads) > 1:
             picked = np.broadcast_to(picked, (picked.shape[0], len(heads), *picked.shape[2:]))
+        spans = [_span(x) for x in (targets, np.array(heads), *rest)]
+        if not add and all(isinstance(x, slice) for x in spans):
+            # The usual case, whole heads and consecutive rows, without an index for every number.
+            array[(spans[0], layer, *spans[1:])] = picked
+            return
         for n, head in enumerate(heads):
             view = array[:, layer, head]
             where = (targets, *rest) if all(isinstance(r, slice) for r in rest) else np.ix_(targets, *rest)
@@ -164,6 +169,13 @@ def assemble_stack(
     return xr.Dataset(dict(out.variables), coords=coords)
 
 
+def _span(places: Any) -> Any:
+    """Consecutive places as a slice, others as they are."""
+    if isinstance(places, slice) or not len(places) or int(places[-1]) - int(places[0]) != len(places) - 1:
+        return places
+    return slice(int(places[0]), int(places[-1]) + 1) if len(places) == 1 or bool((np.diff(places) == 1).all()) else places
+
+
 def _numpy(tensor: Tensor) -> Array:
     return tensor.detach().cpu().numpy()
 
@@ -173,7 +185,7 @@ def _row_readings(out: StackArrays, piece: Piece) -> None:
     if not inside:
         return
     rows = np.array([out.place[q] for q in inside])
-    taken = np.array([q - piece.start for q in inside])
+    taken = _span(np.array([q - piece.start for q in inside]))
     found: dict[str, Tensor] = {} if piece.readings is None else piece.readings.tensors()
     if piece.z is not None:
         found = {**found, "z": piece.z}

@@ -126,8 +126,9 @@ def _attention(
     return handler(module, query, key, value, attention_mask, **options)
 
 
-# A graph break: which session is open is not for the compiler to bake in.
-_uncompiled: Handler = cast(Handler, torch.compiler.disable(_attention))
+# A graph break: which session is open is not for the compiler to bake in. Made on registration, since the compiler's machinery
+# imports triton where that is installed.
+_uncompiled: Handler = _attention
 
 
 def attention(
@@ -148,9 +149,12 @@ def mask(**arguments: Any) -> Any:
 
 
 def _register() -> None:
+    global _uncompiled  # noqa: PLW0603 - one function for the process, which cannot be made at import
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
+    if _uncompiled is _attention:
+        _uncompiled = cast(Handler, torch.compiler.disable(_attention))
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, cast
@@ -40,8 +40,7 @@ _lock = threading.RLock()
 class Session:
     """An open (or closed) ``interp.hooked``: traces of what ran, and a report of what it used.
 
-    Attributes:
-        traces: one :class:`~interp.tracing.trace.Trace` for each top-level forward or generate, in order of their ends.
+    :attr:`traces` has one :class:`~interp.tracing.trace.Trace` for each top-level forward or generate.
     """
 
     def __init__(
@@ -59,13 +58,32 @@ class Session:
                 raise TypeError(f"interventions must be Intervention objects, got {type(intervention).__name__}")
             intervention.prepare(self.anatomy)
         self.selection: Selection | None = None if self.capture.empty else self.capture.resolve(self.anatomy)
-        self.traces: list[Trace] = []
+        self._traces: list[Trace] = []
+        self._pending: Callable[[], Trace] | None = None
         self.used: dict[str, dict[str, int]] = {}
         self.runs: dict[int, tuple[RunState, Recorder | None]] = {}
 
     @property
     def tokenizer(self) -> Any:
         return getattr(self.model, "tokenizer", None)
+
+    @property
+    def traces(self) -> list[Trace]:
+        """One trace for each top-level forward or generate, in order of their ends.
+
+        The last run's readings stay on their devices until somebody looks here, or the next run ends.
+        """
+        with _lock:
+            pending, self._pending = self._pending, None
+            if pending is not None:
+                self._traces.append(pending())
+        return self._traces
+
+    def keep(self, make: Callable[[], Trace]) -> None:
+        """Remember how to make the trace of a run that has just ended."""
+        if self._pending is not None:
+            _ = self.traces
+        self._pending = make
 
     @property
     def trace(self) -> Trace:
@@ -315,7 +333,7 @@ class Installation:
                 "interventions": [i.describe() for s in self.sessions for i in s.interventions],
                 "model": _identity(session),
             }
-            session.traces.append(recorder.trace(sequences, attrs))
+            session.keep(functools.partial(recorder.trace, sequences, attrs))
 
     def _drop(self) -> None:
         for session in self.sessions:
