@@ -87,7 +87,9 @@ def fused(
     """
     if q.device.type != "cuda" or q.requires_grad or k.requires_grad or v.requires_grad:
         return None
-    chosen = torch._fused_sdp_choice(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=enable_gqa)
+    chosen = torch._fused_sdp_choice(  # pyright: ignore[reportPrivateUsage]
+        q, k, v, None, 0.0, causal, scale=scale, enable_gqa=enable_gqa
+    )
     aten, options = torch.ops.aten, {"scale": scale}
     if chosen == SDPBackend.CUDNN_ATTENTION.value:
         z, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, **options)

@@ -171,9 +171,9 @@ def assemble_stack(
 
 def _span(places: Any) -> Any:
     """Consecutive places as a slice, others as they are."""
-    if isinstance(places, slice) or not len(places) or int(places[-1]) - int(places[0]) != len(places) - 1:
+    if isinstance(places, slice) or not len(places) or not bool((np.diff(places) == 1).all()):
         return places
-    return slice(int(places[0]), int(places[-1]) + 1) if len(places) == 1 or bool((np.diff(places) == 1).all()) else places
+    return slice(int(places[0]), int(places[-1]) + 1)
 
 
 def _numpy(tensor: Tensor) -> Array:

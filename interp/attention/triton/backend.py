@@ -31,6 +31,7 @@ from interp.attention.edits import (
 )
 from interp.attention.readouts import Readings, Readout
 from interp.attention.triton.counting import received_rows
+from interp.attention.triton.decoding import Decoding, supports_decode
 from interp.attention.triton.devices import interpreted, unusable
 from interp.attention.triton.gradients import differentiable, lacks_gradient
 from interp.attention.triton.passes import Live, Pass, Wanted
@@ -39,6 +40,8 @@ from interp.attention.triton.tables import operands, row_major, row_weights, tab
 
 RULE_BYTES = 64 << 20
 """Largest dense mask made of a rule."""
+DECODE_ROWS = 16
+"""Query rows up to which the keys are split over programs instead of the rows."""
 MAP_BYTES = 256 << 20
 """Byte budget of the piece of the map that offset histograms are counted from."""
 
@@ -75,7 +78,8 @@ def run(call: Call) -> tuple[Tensor | None, Readings]:
         memo = {} if call.memo is None else call.memo
         plan = memo.get("triton")
         if plan is None:
-            plan = memo["triton"] = Plan(call)
+            few = call.shape[2] <= DECODE_ROWS and supports_decode(call) is None
+            plan = memo["triton"] = Decoding(call) if few else Plan(call)
         return plan.run(call)
 
 

@@ -1,12 +1,16 @@
 """Small kernels around the row-stationary one: adding up partial column sums, and which blocks of keys are of one group."""
 
-# pyright: basic
+# pyright: basic, reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
 
+RUNNING_INTS = [
+    "n_parts", "n_queries", "n_keys", "n_heads", "delta", "left", "right", "first_b", "groups_b", "kv_offset",
+]  # fmt: skip
 
-@triton.jit(do_not_specialize=["n_parts", "n_queries", "n_keys", "n_heads", "delta", "left", "right", "first_b", "groups_b", "kv_offset"])  # fmt: skip
+
+@triton.jit(do_not_specialize=RUNNING_INTS)
 def sum_parts_kernel(
     part_ptr, out_ptr, pool_ptr, query_groups_ptr, groups_b, first_ptr, first_b,
     n_parts, n_queries, n_keys, n_heads, delta, kv_offset, left, right,

@@ -19,7 +19,7 @@ def received_rows(call: Call, shared: Tables, x: Live) -> Tensor:
     In closed form where only causality and a window hide anything, else counted by the kernel.
     """
     asked, mask = call.readout, call.mask
-    batch, heads, n_queries, n_keys = call.shape
+    batch, heads, _, n_keys = call.shape
     n_read = heads if asked.heads is None else len(asked.heads)
     shape = (batch, n_read, asked.n_query_groups, n_keys)
     simple = mask.padding is None and mask.dense is None and mask.rule is None and call.bias is None

@@ -14,6 +14,7 @@ from interp.attention.readouts import Readout
 from interp.attention.triton.decode import combine_kernel, decode_kernel
 from interp.attention.triton.decode_arguments import UNEDITED_FLAGS, Values, Work, with_batch_stride
 from interp.attention.triton.devices import interpreted
+from interp.attention.triton.launching import first_launch
 from interp.attention.triton.tables import next_power, row_major
 
 MOST_ROWS = 64
@@ -110,8 +111,15 @@ class Start:
         if aligned and self.compiled is not None:
             self.compiled[self.grid](*live, *self.fixed)
             return
-        compiled = self.kernel[self.grid](*live, *self.fixed, **self.options)
-        if aligned and not interpreted():
+        if interpreted():
+            self.kernel[self.grid](*live, *self.fixed, **self.options)
+            return
+        given = (*live, *self.fixed)
+        names = dict(zip(self.kernel.arg_names, given, strict=True))
+        compiled = first_launch(
+            self.kernel, lambda: self.kernel[self.grid](*given, **self.options), {**names, **self.options}
+        )
+        if aligned:
             self.compiled = compiled
             if self.variant is not None:
                 _compiled[self.variant] = compiled

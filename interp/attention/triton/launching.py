@@ -2,11 +2,18 @@
 
 The dispatcher looks at every argument to choose a specialisation, which for a kernel with a hundred of them costs more than
 a layer of a small model. A :class:`Launch` asks it once; later calls differ only in the tensors that are named as live.
+
+The first launch of a variant compiles it, or reads it from Triton's cache on disk, which takes up to tens of seconds. What it
+took is logged to ``headscope.kernels`` (``logging.basicConfig(level=logging.INFO)`` shows it) and added up by
+:func:`compile_seconds`.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +25,45 @@ Arguments = dict[str, Any]
 
 ALIGNMENT = 16
 """Bytes; Triton compiles a pointer that is a multiple of it into wider loads."""
+
+NOTEWORTHY = 0.01
+"""Seconds; a first launch below this found its variant in memory, and is logged at DEBUG only."""
+
+logger = logging.getLogger("headscope.kernels")
+
+_seconds: dict[str, float] = {}
+
+
+def compile_seconds() -> dict[str, float]:
+    """Wall-clock seconds that first launches took in this process, by kernel: compiling, or reading what is on disk.
+
+    Each is also logged to ``headscope.kernels``, those of 10 ms or more at INFO, the others at DEBUG; to see them:
+    ``logging.basicConfig(level=logging.INFO)``. Kernels in Triton's interpreter are not compiled and not counted.
+    """
+    return dict(_seconds)
+
+
+def first_launch(kernel: Any, launch: Callable[[], Any], arguments: Mapping[str, Any]) -> Any:
+    """Call ``launch``, and report how long it took and for which variant: the constants and dtypes among the arguments."""
+    start = time.perf_counter()
+    compiled = launch()
+    seconds = time.perf_counter() - start
+    name = str(getattr(kernel, "__name__", kernel))
+    _seconds[name] = _seconds.get(name, 0.0) + seconds
+    level = logging.INFO if seconds >= NOTEWORTHY else logging.DEBUG
+    if logger.isEnabledFor(level):
+        logger.log(level, "%s: %.2f s until its first launch, compiled for %s", name, seconds, _variant(arguments))
+    return compiled
+
+
+def _variant(arguments: Mapping[str, Any]) -> str:
+    """The dtypes of tensors and the constants (by name in capitals, or an option of the launch) that are set."""
+    dtypes = {str(x.dtype).removeprefix("torch.") for name, x in arguments.items() if isinstance(x, Tensor) and name[1:2] == "_"}
+    constants = {name: x for name, x in arguments.items() if (name.isupper() or name in OPTIONS) and x not in (None, False, 0)}
+    return ", ".join([*sorted(dtypes), *(name if x is True else f"{name} {x}" for name, x in constants.items())])
+
+
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 @functools.cache
@@ -59,7 +105,8 @@ class Launch:
         signature = tuple([x.data_ptr() % ALIGNMENT for x in live.values()])
         found = self.known.get(signature)
         if found is None:
-            compiled = self.kernel[self.grid](**self.fixed, **live, **self.options)
+            given = {**self.fixed, **live, **self.options}
+            compiled = first_launch(self.kernel, lambda: self.kernel[self.grid](**given), given)
             names = self.kernel.arg_names
             arguments = [self.fixed.get(name) for name in names]
             self.known[signature] = (compiled, arguments, [names.index(name) for name in live])

@@ -9,7 +9,7 @@ Column sums leave a program as one partial sum per block of rows, added up by :m
 atomics, so repeated runs agree to the bit, at 1 / BM of the map's memory.
 """
 
-# pyright: basic
+# pyright: basic, reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
@@ -180,7 +180,6 @@ def rows_kernel(
         hi = tl.minimum(hi, last_row + delta + right + 1)
     if LEFT:
         lo = tl.maximum(lo, first_row + delta - left)
-    sink_slots = 0
     if PADDING or SINK_WINDOW:
         first_real = tl.load(first_ptr + b * first_b) - kv_offset
     if PADDING:
@@ -483,7 +482,6 @@ def rows_kernel(
         top = tl.where(alive, top, 0.0)
         total = tl.where(alive, total, 0.0)
         lse2 = tl.where(alive, top + tl.log2(tl.where(alive, total, 1.0)), float("-inf"))
-        before = lse2
         if SINKS:
             higher = tl.maximum(lse2, sink)
             with_sink = higher + tl.log2(tl.exp2(lse2 - higher) + tl.exp2(sink - higher))

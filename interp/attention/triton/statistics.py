@@ -10,7 +10,7 @@ The two keys ``r`` and ``r + 8`` of a 16-row slab lie in the same thread of a ma
 statistics per query are kept for the pair, at half the registers.
 """
 
-# pyright: basic
+# pyright: basic, reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
@@ -87,7 +87,8 @@ def statistics_kernel(
     query_groups_ptr, query_groups_b, top_weight_ptr, top_key_ptr, entropy_ptr, part_ptr, n_parts, pool_ptr, pool_h, pool_q,
     BM: tl.constexpr, BN: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, KV_GROUP: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    PADDING: tl.constexpr, SOFTCAP: tl.constexpr, ROW_SCALE: tl.constexpr, ROW_STATS: tl.constexpr, COLUMNS: tl.constexpr, ACROSS: tl.constexpr, WIDE: tl.constexpr, HEAD_LIST: tl.constexpr,
+    PADDING: tl.constexpr, SOFTCAP: tl.constexpr, ROW_SCALE: tl.constexpr, ROW_STATS: tl.constexpr, COLUMNS: tl.constexpr,
+    ACROSS: tl.constexpr, WIDE: tl.constexpr, HEAD_LIST: tl.constexpr,
     N_QUERY_GROUPS: tl.constexpr, QUERY_GROUPS: tl.constexpr,
 ):  # fmt: skip
     """One block of rows of one head; ``ACROSS`` is the number of block sums across the rows of a tile, 0 for none.

@@ -89,7 +89,7 @@ def block_table(groups: Tensor | None, bn: int, nothing: Tensor) -> Arguments:
     """Which blocks of keys are of one group; kept on the groups tensor, which many layers share."""
     if groups is None:
         return {"table_ptr": nothing, "table_b": 0}
-    kept: dict[Any, Tensor] = groups.__dict__.setdefault("_interp_block_groups", {})
+    kept: dict[Any, Tensor] = vars(groups).setdefault("_interp_block_groups", {})
     key = (bn, groups._version)
     if key not in kept:
         batch, n_keys = groups.shape

@@ -275,9 +275,9 @@ def _box_distance(op: Neighbourhood, bm: int, bn: int) -> Tensor:
     """
     boxes = []
     for coords, step in ((op.query_coords, bm), (op.key_coords, bn)):
-        coords = coords.int()
-        short = -coords.shape[1] % step
-        padded = torch.cat([coords, coords[:, -1:].expand(-1, short, -1)], 1) if short else coords
+        places = coords.int()
+        short = -places.shape[1] % step
+        padded = torch.cat([places, places[:, -1:].expand(-1, short, -1)], 1) if short else places
         split = padded.unflatten(1, (-1, step))
         low, high = split.amin(2), split.amax(2)
         boxes.append((low, high, (low < 0).any(-1)))

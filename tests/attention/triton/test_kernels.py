@@ -35,6 +35,14 @@ NOTHING: dict[str, Any] = {
 TOP_KEYS = ("top_key", "topk_key")
 
 
+@pytest.fixture(autouse=True)
+def few_rows_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These kernels are for many rows, but must be right for few; test_decode.py has those that take over there."""
+    from interp.attention.triton import backend
+
+    monkeypatch.setattr(backend, "DECODE_ROWS", 0)
+
+
 def make(seed: int, mask: str, edits: tuple[str, ...], scores: tuple[str, ...], dtype: torch.dtype) -> Case:
     case = Maker(seed, torch.float64, **SIZES).case(mask, edits, scores)
     case["scale"] = float(case["q"].shape[-1]) ** -0.5
@@ -58,7 +66,11 @@ def check(case: Case, what: str) -> None:
     assert got.output is not None and wanted.output is not None and again.output is not None
     low = attend(**case, backend="blockwise").output
     assert low is not None
-    assert_within_error_budget(got.output, wanted.output, low.to(got.output.dtype), what=f"{what}: output")
+    # exp2 takes scores times log2(e), rounded once more than exp's: no part of the error in low precision, a third in fp32.
+    factor = 3.0 if got.output.dtype == torch.float32 else 2.0
+    assert_within_error_budget(
+        got.output, wanted.output, low.to(got.output.dtype), factor=factor, what=f"{what}: output"
+    )
     assert torch.equal(got.output, again.output), f"{what}: repeated runs differ"
     full = wanted.readings.attention
     assert full is not None
@@ -72,15 +84,11 @@ def check(case: Case, what: str) -> None:
             assert torch.equal(found, value), f"{what}: {name}"
         elif name == "group_output":
             rounding = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[case["q"].dtype]
-            torch.testing.assert_close(
-                found.double(), value, atol=rounding, rtol=rounding, msg=lambda m: f"{what}: {name}: {m}"
-            )
+            close(found, value, rounding, rounding, f"{what}: {name}")
         else:
             assert found.dtype in (torch.float32, torch.int32)
             atol = 1e-4 if name == "entropy" else 1e-5
-            torch.testing.assert_close(
-                found.double(), value, atol=atol, rtol=2e-5, msg=lambda m: f"{what}: {name}: {m}"
-            )
+            close(found, value, atol, 2e-5, f"{what}: {name}")
 
 
 def check_keys(found: torch.Tensor, wanted: torch.Tensor, full: torch.Tensor, case: Case, what: str) -> None:
@@ -94,7 +102,11 @@ def check_keys(found: torch.Tensor, wanted: torch.Tensor, full: torch.Tensor, ca
     there = full.gather(-1, slots(found[..., None] if squeeze else found))
     best = full.gather(-1, slots(wanted[..., None] if squeeze else wanted))
     chosen = differ[..., None] if squeeze else differ
-    torch.testing.assert_close(there[chosen], best[chosen], atol=1e-7, rtol=1e-5, msg=lambda m: f"{what}: {m}")
+    close(there[chosen], best[chosen], 1e-7, 1e-5, what)
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor, atol: float, rtol: float, what: str) -> None:
+    torch.testing.assert_close(found.double(), wanted, atol=atol, rtol=rtol, msg=lambda m: f"{what}: {m}")
 
 
 def cases() -> list[Any]:
@@ -104,7 +116,7 @@ def cases() -> list[Any]:
     listed += [(MASKS[n % len(MASKS)], (edit,), ("plain",)) for n, edit in enumerate(EDITS_HERE)]
     listed += [("causal", (edit,), ("plain",)) for edit in EDITS_HERE]
     listed += [(MASKS[(3 * n) % len(MASKS)], ("none",), (score,)) for n, score in enumerate(SCORES)]
-    pairs = [p for p in itertools.combinations(EDITS_HERE[1:], 2)]
+    pairs = list(itertools.combinations(EDITS_HERE[1:], 2))
     random.Random(0).shuffle(pairs)
     for n, pair in enumerate(pairs[:24]):
         listed.append((MASKS[(7 * n) % len(MASKS)], pair, (SCORES[n % len(SCORES)],)))

@@ -1,0 +1,160 @@
+"""A whole model under the kernels: prefill with every head read, and generation with heads changed.
+
+A model of Llama-3-8B's shape with random bf16 weights, on one GPU with 24 GB free or more.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+import torch
+from _record import record
+
+import interp
+from interp.attention import Edit, Redistribute
+
+Row = dict[str, Any]
+
+
+def build(layers: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=128256, max_position_embeddings=140000,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def seconds(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Medians of wall time until the GPU is done, every function once a round."""
+    found: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    for _ in range(rounds):
+        for name, function in functions.items():
+            torch.cuda.synchronize()
+            start = perf_counter()
+            function()
+            torch.cuda.synchronize()
+            found[name].append(perf_counter() - start)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def prefill(model: Any) -> list[Row]:
+    rows: list[Row] = []
+    for n in (1024, 8192, 32768):
+        ids = torch.randint(0, 128000, (1, n), device="cuda")
+        capture = interp.Capture(row_stats=True, received=True, pooled=64)
+        kept: list[Any] = []
+
+        def plain(ids: Any = ids) -> Any:
+            return model(ids, logits_to_keep=1, use_cache=True).logits
+
+        def read(ids: Any = ids, capture: Any = capture) -> Any:
+            with interp.hooked(model, capture=capture) as run:
+                logits = model(ids, logits_to_keep=1, use_cache=True).logits
+            kept[:] = [run]
+            return logits
+
+        def put_together() -> Any:
+            read()
+            return kept[0].trace
+
+        same = torch.equal(plain(), read())
+        times = seconds(
+            {"plain": plain, "all statistics": read, "and the trace made": put_together}, 5 if n < 32768 else 3
+        )
+        for what, s in times.items():
+            rows.append(
+                {
+                    "what": f"prefill of {n}",
+                    "how": what,
+                    "ms": round(s * 1e3, 1),
+                    "x plain": round(s / times["plain"], 3),
+                }
+            )
+        rows[-2]["logits equal to the bit"] = str(same)
+        kept.clear()
+        torch.cuda.empty_cache()
+    return rows
+
+
+class Move(interp.Intervention):
+    """VAR's redistribution with fixed groups: what the kernels cost, without a method's own choices."""
+
+    def __init__(self, n_image: int) -> None:
+        self.n_image, self.edits = n_image, {}
+
+    def before(self, call: Any) -> Edit | None:
+        n_keys = call.k.shape[2]
+        if n_keys not in self.edits:
+            groups = torch.ones(1, n_keys, dtype=torch.int8, device=call.k.device)
+            groups[:, :10] = 0
+            groups[:, 35 : 35 + self.n_image] = 2
+            move = Redistribute((0,), (2,), 0.6, (0, 2), (2,), summ=0.2, rho=0.5)
+            self.edits = {n_keys: Edit((move,), groups, n_groups=3)}
+        return self.edits[n_keys]
+
+
+def generation(model: Any) -> list[Row]:
+    ids = torch.randint(0, 128000, (1, 640), device="cuda")
+    steps = 64
+    heads = [interp.Head(5, h) for h in range(4)]
+    options = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, "pad_token_id": 0}
+    ones = torch.ones_like(ids)
+
+    def plain() -> Any:
+        return model.generate(ids, attention_mask=ones, **options)
+
+    def hooked(*interventions: Any) -> Callable[[], Any]:
+        def run() -> Any:
+            with interp.hooked(model, interventions=list(interventions)):
+                return model.generate(ids, attention_mask=ones, **options)
+
+        return run
+
+    functions = {
+        "plain": plain,
+        "head gains": hooked(interp.MaskHeads(heads, kind="zero")),
+        "redistribution": hooked(Move(576)),
+    }
+    times = seconds(functions, 5)
+    return [
+        {
+            "what": f"generation of {steps} after 640",
+            "how": name,
+            "tokens/s": round(steps / s, 1),
+            "x plain": round(times["plain"] / s, 3),
+        }
+        for name, s in times.items()
+    ]
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        print("-- no CUDA GPU here: nothing to measure")
+        return
+    layers = int(sys.argv[1]) if len(sys.argv) > 1 else 32
+    model = build(layers)
+    with torch.no_grad():
+        rows = prefill(model) + generation(model)
+    record(
+        "kernels_model",
+        rows,
+        note=f"Llama-3-8B's shape, {layers} layers, random bf16 weights, batch 1; x plain is time for prefill, speed for generation",
+    )
+
+
+if __name__ == "__main__":
+    main()
