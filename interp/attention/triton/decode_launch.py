@@ -106,19 +106,19 @@ class Start:
         self.kernel, self.grid, self.fixed, self.variant = kernel, grid, fixed, variant
         self.options = {"num_warps": warps, "num_stages": stages}
         self.compiled = None if variant is None else _compiled.get(variant)
+        self.launched = False
 
     def __call__(self, live: Values, aligned: bool) -> None:
         if aligned and self.compiled is not None:
             self.compiled[self.grid](*live, *self.fixed)
             return
-        if interpreted():
-            self.kernel[self.grid](*live, *self.fixed, **self.options)
-            return
         given = (*live, *self.fixed)
-        names = dict(zip(self.kernel.arg_names, given, strict=True))
-        compiled = first_launch(
-            self.kernel, lambda: self.kernel[self.grid](*given, **self.options), {**names, **self.options}
-        )
+        if interpreted() or (self.launched and not aligned):
+            self.kernel[self.grid](*given, **self.options)
+            return
+        arguments = {**dict(zip(self.kernel.arg_names, given, strict=True)), **self.options}
+        compiled = first_launch(self.kernel, lambda: self.kernel[self.grid](*given, **self.options), arguments)
+        self.launched = True
         if aligned:
             self.compiled = compiled
             if self.variant is not None:

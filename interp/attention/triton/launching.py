@@ -57,12 +57,14 @@ def first_launch(kernel: Any, launch: Callable[[], Any], arguments: Mapping[str,
 
 
 def _variant(arguments: Mapping[str, Any]) -> str:
-    """The dtypes of tensors and the constants (by name in capitals, or an option of the launch) that are set."""
-    dtypes = {str(x.dtype).removeprefix("torch.") for name, x in arguments.items() if isinstance(x, Tensor) and name[1:2] == "_"}
-    constants = {name: x for name, x in arguments.items() if (name.isupper() or name in OPTIONS) and x not in (None, False, 0)}
-    return ", ".join([*sorted(dtypes), *(name if x is True else f"{name} {x}" for name, x in constants.items())])
+    """The operands' dtypes, and the constants (by name in capitals, or options of the launch) that are set."""
+    dtypes = {str(x.dtype).removeprefix("torch.") for name in OPERANDS if isinstance(x := arguments.get(name), Tensor)}
+    named = {name: x for name, x in arguments.items() if (name.isupper() or name in OPTIONS) and x not in UNSET}
+    return ", ".join([*sorted(dtypes), *(name if x is True else f"{name} {x}" for name, x in named.items())])
 
 
+OPERANDS = ("q_ptr", "k_ptr", "v_ptr")
+UNSET = (None, False, 0)
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
