@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import random
@@ -23,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from packaging.version import Version
 
 if IN_WORKER:
     torch.set_num_threads(1)
@@ -52,7 +54,10 @@ def missing(name: str) -> str | None:
         return None if path.exists() else f"{name}: {path} does not exist (HEADSCOPE_SHARED names the folder)"
     if name in IN_PACKAGE:
         found = importlib.util.find_spec(IN_PACKAGE[name])
-        return None if found else f"{name}: package {IN_PACKAGE[name]} is not installed (extra `gemma`)"
+        if not found:
+            return f"{name}: package {IN_PACKAGE[name]} is not installed (extra `gemma`)"
+        old = Version(importlib.metadata.version("transformers")) < Version("5.23")
+        return f"{name}: transformers before 5.23 makes a wrong tokenizer of it, so it is refused" if old else None
     raise pytest.UsageError(f"mark real: weights must be among {sorted({*IN_SHARED, *IN_PACKAGE})}, got {name!r}")
 
 

@@ -73,13 +73,21 @@ def convert(path: Path, folder: Path) -> None:
             raise LoadError(f"source must be a GGUF file, got {path}, which does not start with 'GGUF'")
     import torch
     from transformers import AutoConfig, AutoTokenizer
+    from transformers import __version__ as transformers_version
 
     from interp.models.classes import model_class
+    from interp.models.gguf_tokenizer import tokenizer_fault
 
     place = str(path.parent)
     try:
         config = AutoConfig.from_pretrained(place, gguf_file=path.name)
         tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=path.name)
+        fault = tokenizer_fault(path, tokenizer)
+        if fault is not None:
+            raise LoadError(
+                f"the tokenizer that transformers {transformers_version} makes of {path.name} must be the file's own, but {fault}; "
+                "convert with a newer transformers (5.23 is known to be right)"
+            )
         module = model_class(config).from_pretrained(place, gguf_file=path.name, dtype=torch.float32)
         # It is no longer quantised, but says so still, and save_pretrained refuses that.
         module.hf_quantizer = None
