@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from interp.attention import kinds
+from interp.attention import kinds, ops
 from interp.attention.backends import choose
 from interp.attention.call import Call
 from interp.attention.combine import is_neutral
@@ -86,6 +86,13 @@ def attend(
     mask = NO_MASK if mask is None else mask
     edit = NO_EDIT if edit is None else edit
     readout = NO_READOUT if readout is None else readout
+    if torch.compiler.is_compiling():
+        return Attended(
+            *ops.compiled(
+                q, k, v, scale=scale, mask=mask, softcap=softcap, sinks=sinks, bias=bias, edit=edit, readout=readout,
+                backend=backend, want_output=want_output, lse=lse,
+            )
+        )  # fmt: skip
     key = (
         id(mask), id(edit), id(readout), scale, softcap, backend, want_output, torch.is_grad_enabled(),
         kinds.shape_of(q), kinds.shape_of(k), kinds.shape_of(v), kinds.shape_of(sinks), kinds.shape_of(bias),

@@ -60,6 +60,12 @@ def remember(key: tuple[Any, ...], kind: Kind) -> None:
         _kinds.popitem(last=False)
 
 
+def forget(*holds: Any) -> None:
+    """Let go of the kinds with these objects, which nobody will name again."""
+    for key in [key for key, kind in _kinds.items() if any(held is thing for held in kind.holds for thing in holds)]:
+        del _kinds[key]
+
+
 def shape_of(tensor: Tensor | None) -> Any:
     """What of an operand belongs to the key."""
     if tensor is None:
@@ -69,15 +75,16 @@ def shape_of(tensor: Tensor | None) -> Any:
 
 def versions(*things: Any) -> list[tuple[Tensor, int]]:
     """Tensors of dataclasses with their versions; one made in inference mode has none, and cannot be changed outside it."""
-    return [(tensor, tensor._version) for thing in things for tensor in _tensors(thing) if not tensor.is_inference()]
+    return [(tensor, tensor._version) for thing in things for tensor in tensors(thing) if not tensor.is_inference()]
 
 
-def _tensors(thing: Any) -> Iterator[Tensor]:
+def tensors(thing: Any) -> Iterator[Tensor]:
+    """The tensors in a dataclass or tuple, however deep."""
     if isinstance(thing, Tensor):
         yield thing
     elif isinstance(thing, tuple):
         for part in thing:
-            yield from _tensors(part)
+            yield from tensors(part)
     elif is_dataclass(thing) and not isinstance(thing, type):
         for f in fields(thing):
-            yield from _tensors(getattr(thing, f.name))
+            yield from tensors(getattr(thing, f.name))

@@ -278,17 +278,20 @@ def group_weights(op: GroupWeights, call: Call, masses: Tensor, share: Tensor | 
 
 def redistribution(op: Redistribute, call: Call, masses: Tensor) -> Tensor:
     """Weights ``[B, H, Lq, G]`` that move ``fraction`` of the source mass to the target in open rows."""
+    by_group = masses.unbind(-1)
+    none = torch.zeros_like(by_group[0])
+    # Sums of slices: an index would be copied from the host at every call.
     source, target, gate, share = (
-        masses[..., list(g)].sum(-1) for g in (op.source, op.target, op.gate_mass, op.gate_share)
+        sum((by_group[g] for g in groups), none) for groups in (op.source, op.target, op.gate_mass, op.gate_share)
     )
     open_rows = (gate >= op.summ) & (share >= op.rho * gate) & (source > 0) & (target >= tiny(target))
     if op.where is not None:
         open_rows = open_rows & op.where
     fraction = torch.where(open_rows, selected(op.fraction, None, 0.0, call), 0.0)
-    weights = torch.ones_like(masses)
-    weights[..., list(op.source)] = (1.0 - fraction).unsqueeze(-1)
-    weights[..., list(op.target)] = (1.0 + fraction * source / torch.where(open_rows, target, 1.0)).unsqueeze(-1)
-    return weights
+    less, more = 1.0 - fraction, 1.0 + fraction * source / torch.where(open_rows, target, 1.0)
+    one = torch.ones_like(less)
+    chosen = [less if g in op.source else more if g in op.target else one for g in range(masses.shape[-1])]
+    return torch.stack(chosen, -1)
 
 
 # Step 6
@@ -323,7 +326,9 @@ def grouped_matmul(rows: Tensor, table: Tensor) -> Tensor:
 
 def selected(value: Tensor | float, where: Tensor | None, neutral: float, call: Call) -> Tensor:
     """``value`` where the operation acts, its neutral element elsewhere, ``[B|1, H|1, Lq|1]`` in the call's dtype."""
-    value = torch.as_tensor(value, dtype=call.dtype, device=call.q.device)
+    if not isinstance(value, Tensor):
+        value = torch.full((1, 1, 1), value, dtype=call.dtype, device=call.q.device)
+    value = value.to(call.dtype)
     value = value if value.ndim == 3 else value.reshape(1, 1, 1)
     return value if where is None else torch.where(where, value, neutral)
 

@@ -56,7 +56,8 @@ def run(call: Call) -> tuple[Tensor | None, Readings]:
     if not call.want_output:
         return None, Readings()
     causal = call.bias is None and upper_left_causal(call)
-    mask, alive = (None, None) if causal else dense_mask(call)
+    plain = causal or (call.bias is None and call.mask.trivial)
+    mask, alive = (None, None) if plain else dense_mask(call)
     scale = call.scale
     for op in call.edit.of(Temperature):
         scale /= float(op.value)

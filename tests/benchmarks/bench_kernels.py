@@ -36,11 +36,11 @@ Row = dict[str, Any]
 
 
 def operands(batch: int, heads: int, kv_heads: int, n: int, dim: int, keys: int | None = None) -> list[torch.Tensor]:
-    """Random bf16 operands in a fixed order from a fixed seed."""
+    """Random bf16 operands from a fixed seed, ``[batch, head, token, dim]`` laid out by token as projections leave them."""
     torch.manual_seed(0)
     lengths = (n, keys or n, keys or n)
     return [
-        torch.randn(batch, h, length, dim, device="cuda", dtype=torch.bfloat16)
+        torch.randn(batch, length, h, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
         for h, length in zip((heads, kv_heads, kv_heads), lengths, strict=True)
     ]
 

@@ -30,6 +30,7 @@ from interp.attention.edits import (
     Uniform,
 )
 from interp.attention.readouts import Readings, Readout
+from interp.attention.triton import tiles
 from interp.attention.triton.counting import received_rows
 from interp.attention.triton.decoding import Decoding, supports_decode
 from interp.attention.triton.devices import interpreted, unusable
@@ -42,6 +43,7 @@ RULE_BYTES = 64 << 20
 """Largest dense mask made of a rule."""
 DECODE_ROWS = 16
 """Query rows up to which the keys are split over programs instead of the rows."""
+HIDDEN_SCORE = float(tiles.HIDDEN.value)
 MAP_BYTES = 256 << 20
 """Byte budget of the piece of the map that offset histograms are counted from."""
 
@@ -126,8 +128,11 @@ class Plan:
 
     def _weighted(self, op: GroupWeights, call: Call, x: Live) -> Tensor:
         """One pass: weights act inside the softmax where they renormalise, on p where they do not."""
-        weights = row_weights(op, call).float().contiguous()
+        weights = row_weights(op, call).float()
         kind = 1 if op.renormalise else 2
+        if kind == 1:
+            weights = torch.where(weights > 0, weights.log2(), HIDDEN_SCORE)
+        weights = weights.contiguous()
         return self.walk("weighted", x._replace(weights=weights), lambda: Wanted(output=True, weights=kind))["z"]
 
     def _with_final(self, call: Call, x: Live, readings: Readings) -> Tensor | None:

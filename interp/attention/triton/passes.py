@@ -113,6 +113,9 @@ class Pass:
             groups_ptr=nothing if groups is None else groups, groups_b=0 if groups is None else strides(groups, 1)[0],
             GROUPS=groups is not None, **block_table(groups if wanted.row_stats else None, config.bn, nothing),
         )  # fmt: skip
+        edit_groups: Tensor = a["edit_groups_ptr"]
+        edit_table = block_table(edit_groups if a["EDIT_GROUPS"] else None, config.bn, nothing)
+        a.update(edit_table_ptr=edit_table["table_ptr"], edit_table_b=edit_table["table_b"])
         if lists:
             table = visible_lists(call, config.bm, config.bn, device)
             a.update(lists_ptr=table, list_h=strides(table, 1)[0], list_q=table.stride(1))

@@ -37,7 +37,7 @@ RUNNING_INTS = [
     "bias_b", "bias_h", "bias_q", "dense_b", "dense_h", "dense_q", "padding_b", "threshold_b", "threshold_h", "threshold_q",
     "beta_b", "beta_h", "beta_q", "weight_b", "weight_h", "weight_q", "drop_b", "drop_h", "drop_q", "sw_h", "sw_window_h",
     "blocks_h", "blocks_q", "near_h", "near_qb", "near_kb", "edit_groups_b", "groups_b", "query_groups_b", "list_h",
-    "list_q", "first_b", "table_b", "pool_h", "pool_q", "part_rows", "map_h",
+    "list_q", "first_b", "table_b", "edit_table_b", "pool_h", "pool_q", "part_rows", "map_h",
 ]  # fmt: skip
 """Arguments whose value must not choose a specialisation: lengths and strides that change from call to call."""
 
@@ -60,7 +60,7 @@ def rows_kernel(
     near_radius_ptr, near_h, near_q_ptr, near_qb, near_k_ptr, near_kb,
     threshold_ptr, threshold_b, threshold_h, threshold_q,
     drop_ptr, drop_b, drop_h, drop_q,
-    edit_groups_ptr, edit_groups_b,
+    edit_groups_ptr, edit_groups_b, edit_table_ptr, edit_table_b,
     beta_ptr, beta_b, beta_h, beta_q,
     weight_ptr, weight_b, weight_h, weight_q,
     groups_ptr, groups_b, table_ptr, table_b,
@@ -236,6 +236,8 @@ def rows_kernel(
                 cols = n0 + tl.arange(0, BN)
                 col_ok = cols < n_keys
                 if EDIT_GROUPS:
+                    # Most tiles lie in one group, whose table entry is then one number a row.
+                    edit_only = tl.load(edit_table_ptr + b * edit_table_b + n0 // BN).to(tl.int32)
                     edit_group = tl.load(edit_groups_ptr + b * edit_groups_b + cols, mask=col_ok, other=-1).to(tl.int32)
 
                 # Scores
@@ -275,7 +277,9 @@ def rows_kernel(
                         visible = visible & (seen != 0)
                     if SINK_WINDOW:
                         kept = (cols - first_real < sw_sink)[None, :] | (q_slot[:, None] - cols[None, :] < sw_window)
-                        visible = visible & (kept | ((bits & SINK_WINDOW_BIT) == 0)[:, None])
+                        if BITS:
+                            kept = kept | ((bits & SINK_WINDOW_BIT) == 0)[:, None]
+                        visible = visible & kept
                     if BLOCKS:
                         block_at = blocks_ptr + h * blocks_h + ((rows + q_offset) // blocks_size)[:, None] * blocks_q
                         allowed = tl.load(
@@ -296,10 +300,14 @@ def rows_kernel(
                         bias = tl.load(bias_at + cols[None, :], mask=visible, other=0.0).to(tl.float32)
                         visible = visible & (bias > bias_hidden)
                         x = x + tl.where(bias > bias_hidden, bias, 0.0) * LOG2E
-                    if BETA:
-                        beta_row = b * beta_b + h * beta_h + rows * beta_q
-                        beta = by_group(beta_ptr, beta_row, row_ok, edit_group, EDIT_GROUPS, 0.0)
-                        x = x + beta * tl.abs(x)
+                if BETA:
+                    beta_row = b * beta_b + h * beta_h + rows * beta_q
+                    if edit_only >= 0:
+                        beta = tl.load(beta_ptr + beta_row + edit_only, mask=row_ok, other=0.0).to(tl.float32)
+                        x = x + beta[:, None] * tl.abs(x)
+                    else:
+                        x = x + by_group(beta_ptr, beta_row, row_ok, edit_group, EDIT_GROUPS, 0.0) * tl.abs(x)
+                if phase != 2:
                     if THRESHOLD:
                         visible = visible & (x >= threshold[:, None])
                     if UNIFORM:
@@ -309,9 +317,14 @@ def rows_kernel(
                     x = tl.where(uniform[:, None], 0.0, x)
                 if WEIGHT:
                     weight_row = b * weight_b + h * weight_h + rows * weight_q
-                    weight = by_group(weight_ptr, weight_row, row_ok, edit_group, EDIT_GROUPS, 1.0)
+                    if edit_only >= 0:
+                        weight = tl.load(weight_ptr + weight_row + edit_only, mask=row_ok, other=1.0).to(tl.float32)
+                        weight = weight[:, None] + tl.zeros([BM, BN], tl.float32)
+                    else:
+                        weight = by_group(weight_ptr, weight_row, row_ok, edit_group, EDIT_GROUPS, 1.0)
                     if WEIGHT == 1:
-                        x = tl.where(weight > 0, x + tl.log2(weight), HIDDEN)
+                        # These come as logarithms, HIDDEN for a weight of 0.
+                        x = tl.maximum(x + weight, HIDDEN)
 
                 # Probabilities: final, or relative to the largest score so far
                 if COUNT:

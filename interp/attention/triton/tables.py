@@ -133,7 +133,7 @@ def tables(call: Call, upcast: bool) -> Tables:
     _weights(out, edit, nothing)
     out.always_mask = bool(
         out.lists or bias is not None or dense is not None or padding is not None or a["THRESHOLD"]
-        or a["N_DROP"] > 0 or a["N_COORDS"] > 0 or a["BLOCKS"] or a["BETA"]
+        or a["N_DROP"] > 0 or a["N_COORDS"] > 0 or a["BLOCKS"]
     )  # fmt: skip
     return out
 

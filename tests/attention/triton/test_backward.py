@@ -288,6 +288,7 @@ def test_one_gradient_alone(name: str) -> None:
     assert_right(call)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="sized for the tiles of the interpreter")
 def test_tiles_that_a_rule_hides_are_not_read() -> None:
     # Whole tiles of 16 keys that no row of a tile of rows may see: their keys would turn what they touch into NaN.
     call = a_call(
