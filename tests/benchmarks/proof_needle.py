@@ -63,6 +63,23 @@ def broken_model(model: Any, what: str, found: Bools, controls: Sequence[Bools],
     return {**row, "sets of each control": len(controls)}
 
 
+def without_a_needle(model: Any, sets: Bools, kind: str) -> Row:
+    """The same masking, of the rows that produce the answer, where nothing can be copied; ``sets[0]`` is the found one."""
+    samples = ClosedBook().build(model)
+    base, _ = outcomes(model, samples, np.zeros_like(sets[:1]), kind)
+    change = outcomes(model, samples, sets, kind)[0] - base
+    return {
+        "what": f"control, {kind}, closed-book answers",
+        "n": len(samples),
+        "plain log-probability": float(base.mean()),
+        "change of log-probability": float(change[:, 0].mean()),
+        "se": float(change[:, 0].std(ddof=1) / len(samples) ** 0.5),
+        "mean of other sets": float(change[:, 1:].mean()),
+        "worst other set": float(change[:, 1:].mean(0).min()),
+        "sets of each control": len(sets) - 1,
+    }
+
+
 def named(heads: Sequence[tuple[int, int]]) -> str:
     return " ".join(f"L{layer}H{head}" for layer, head in heads)
 
@@ -188,6 +205,8 @@ def gemma(needles: int, length: int, n_text_sets: int, seed: int = 0) -> list[Ro
         print(rows[-1], flush=True)
     rng = np.random.default_rng(seed)
     others = [sets[n] for n in rng.permutation([n for n in range(len(sets)) if n != mine])[:n_text_sets]]
+    few = np.stack([sets[mine], *others])
+    rows += [without_a_needle(model, few, kind) for kind in KINDS]
     rows.append(broken_model(model, "control, zero, no head", np.zeros(score.shape, bool), [], ""))
     rows.append(broken_model(model, "control, zero, the chosen heads, every row", sets[mine], others, "other sets"))
     return rows
