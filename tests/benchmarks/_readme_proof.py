@@ -70,7 +70,6 @@ def gemma(content: dict[str, Any]) -> str:
     rows = {row["what"]: row for row in content["rows"]}
     found = rows["detection"]
     zero, uniform = rows["zero, 4 of 12 heads"], rows["uniform, 4 of 12 heads"]
-    plain, masked = rows["control, zero, no head"], rows["control, zero, the chosen heads, every row"]
     ranking = [
         [
             row["what"].split(",")[0],
@@ -83,34 +82,56 @@ def gemma(content: dict[str, Any]) -> str:
         ]
         for row in (zero, uniform)
     ]
-    lines = [
-        f"**Gemma 3 270M** ({_recorded(content)}).",
-        "",
-        (f"Needles stand at least {found['shortest distance']} tokens back, beyond the window of {found['window']}, so only the 12 "
+    header = [
+        "masked as", "found set: change in nats (se)", "all sets: mean / median", "worst set", "rank of the found set",
+        "exact match: found / all", "rank correlation, summed score and change",
+    ]  # fmt: skip
+    intro = (
+        f"Needles stand at least {found['shortest distance']} tokens back, beyond the window of {found['window']}, so only the 12 "
         f"heads of the three layers with full attention can see them. Found on {found['n']} detection needles: {found['heads']}. "
         f"On {zero['n']} other needles (plain model: {found['plain exact match']:.0%} copied) the four best, {found['chosen']}, "
-        f"are ranked exactly against all {zero['of']} sets of 4 of the 12:"),
-        "",
-        *table(
-            ["masked as", "found set: change in nats (se)", "all sets: mean / median", "worst set", "rank of the found set",
-             "exact match: found / all", "rank correlation, summed score and change"],
-            ranking,
-        ),
-        "",
-        (f"What came out: one head, {uniform['strongest head alone']}, carries the copy. Alone it costs "
-        f"(zero) {zero['each head alone'].split(', ')[0].split(' ')[1]} and (uniform) "
-        f"{uniform['each head alone'].split(', ')[0].split(' ')[1]} nats; exact match is "
-        f"{zero['exact match, sets with it']:.0%} in the {zero['sets with it']} sets with it and "
-        f"{zero['exact match, sets without it']:.0%} in the others. What failed: with `zero` the found set is only number "
-        f"{zero['rank among sets with it']} of those {zero['sets with it']}: removing whole outputs of other heads of layer 11 hurts "
-        f"more than removing the other heads that copy ({uniform['rank among sets with it']} with `uniform`, the kind of the "
-        "retrieval-head paper, which removes only the choice of keys). Zeroed at every row, the found set costs prose "
-        f"{masked['prose loss'] - plain['prose loss']:+.2f} nats per token (mean of {masked['sets of each control']} other sets "
-        f"{masked['prose loss, other sets mean'] - plain['prose loss']:+.2f}) and closed-book answers "
-        f"{masked['closed-book loss'] - plain['closed-book loss']:+.2f} "
-        f"({masked['closed-book loss, other sets mean'] - plain['closed-book loss']:+.2f})."),
-    ]  # fmt: skip
-    return "\n".join(lines)
+        f"are ranked exactly against all {zero['of']} sets of 4 of the 12:"
+    )
+    return "\n".join(
+        [
+            f"**Gemma 3 270M** ({_recorded(content)}).",
+            "",
+            intro,
+            "",
+            *table(header, ranking),
+            "",
+            _what_came_out(zero, uniform),
+            "",
+            _what_failed(rows, zero, uniform),
+        ]
+    )
+
+
+def _what_came_out(zero: dict[str, Any], uniform: dict[str, Any]) -> str:
+    alone = [row["each head alone"].split(", ")[0].split(" ") for row in (zero, uniform)]
+    return (
+        f"What came out: with the retrieval-head paper's kind (`uniform`: only the choice of keys is removed) no set is worse than "
+        f"the found one. One head, {alone[1][0]}, carries the copy: alone it costs {alone[1][1]} nats (`zero`: {alone[0][0]} "
+        f"{alone[0][1]}), and exact match is {uniform['exact match, sets with it']:.0%} in the {uniform['sets with it']} sets with it, "
+        f"{uniform['exact match, sets without it']:.0%} in the others."
+    )
+
+
+def _what_failed(rows: dict[str, dict[str, Any]], zero: dict[str, Any], uniform: dict[str, Any]) -> str:
+    plain, masked = rows["control, zero, no head"], rows["control, zero, the chosen heads, every row"]
+    closed = {kind: rows[f"control, {kind}, closed-book answers"] for kind in ("zero", "uniform")}
+    parts = [
+        f"`{kind}` {row['change of log-probability']:.2f} (se {row['se']:.2f}; {row['sets of each control']} other sets "
+        f"{row['mean of other sets']:.2f}, worst {row['worst other set']:.2f})"
+        for kind, row in closed.items()
+    ]
+    return (
+        f"What failed: with `zero` the found set is only number {zero['rank among sets with it']} of the {zero['sets with it']} with "
+        "that head, and the three other heads found hardly matter once it is there. Is the model broken? In the same scope, on "
+        f"{closed['zero']['n']} closed-book answers (nothing to copy) the found set changes the answer's log-probability by "
+        f"{' and '.join(parts)} nats. Zeroed at every row it does break the model: prose {masked['prose loss'] - plain['prose loss']:+.2f} nats per token (other sets "
+        f"{masked['prose loss, other sets mean'] - plain['prose loss']:+.2f}); 4 of 72 heads, three of them in layer 5, are too many here."
+    )
 
 
 def deit(content: dict[str, Any]) -> str:
