@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import torch
@@ -48,9 +48,9 @@ class Flat:
     """
 
     tensors: list[Tensor]
-    numbers: list[float] = field(default_factory=list[float])
-    sizes: list[int] = field(default_factory=list[int])
-    words: list[str] = field(default_factory=list[str])
+    numbers: list[float]
+    sizes: list[int]
+    words: list[str]
 
     def put(self, thing: Any) -> None:
         """Append a value and everything in it."""
@@ -76,7 +76,9 @@ class Flat:
             for name in FIELDS_OF[type(thing)]:
                 value = getattr(thing, name)
                 if name == "rule" and value is not None:
-                    fail("mask.rule", "must be None under torch.compile (give the mask as `dense`)", "a Python function")
+                    fail(
+                        "mask.rule", "must be None under torch.compile (give the mask as `dense`)", "a Python function"
+                    )
                 self.put(value)
         else:
             kinds_allowed = "None, a tensor, a number, a tuple or a part of a mask, edit or readout"
@@ -88,7 +90,7 @@ def flatten(
     bias: Tensor | None, edit: Edit, readout: Readout, backend: str, want_output: bool, lse: Tensor | None,
 ) -> tuple[list[Tensor], list[float], list[int], str]:  # fmt: skip
     """The operator's arguments for a call, whose arguments are those of :func:`~interp.attention.api.attend`."""
-    flat = Flat([q, k, v])
+    flat = Flat([q, k, v], [], [], [])
     for name, thing, kind in (("mask", mask, Mask), ("edit", edit, Edit), ("readout", readout, Readout)):
         if not isinstance(thing, kind):
             fail(name, f"must be None or {kind.__name__}(...)", f"a {type(thing).__name__}")
@@ -160,7 +162,9 @@ def unflatten(tensors: Sequence[Tensor], numbers: Sequence[float], sizes: Sequen
     return Whole(*tensors[:OPERANDS], {**rest, "backend": backend})
 
 
-def _values(words: Iterator[str], tensors: Iterator[Tensor], numbers: Iterator[float], sizes: Iterator[int]) -> Iterator[Any]:
+def _values(
+    words: Iterator[str], tensors: Iterator[Tensor], numbers: Iterator[float], sizes: Iterator[int]
+) -> Iterator[Any]:
     constants: dict[str, Any] = {"n": None, "1": True, "0": False}
     parts = {"t": tensors, "f": numbers, "i": sizes}
     for word in words:
@@ -318,7 +322,9 @@ def _define() -> torch.library.Library:
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
     rest = "float[] numbers, SymInt[] sizes, str description"
     library.define(f"attend(Tensor[] tensors, {rest}) -> Tensor[]", tags=tags)
-    library.define(f"attend_gradient(Tensor[] tensors, Tensor[] grads, int[] of, int[] to, {rest}) -> Tensor[]", tags=tags)
+    library.define(
+        f"attend_gradient(Tensor[] tensors, Tensor[] grads, int[] of, int[] to, {rest}) -> Tensor[]", tags=tags
+    )
     for name, run, fake, gradient, keep in (
         ("attend", _attend, _attend_fake, _backward, _save),
         ("attend_gradient", _gradient, _gradient_fake, _no_second, None),
