@@ -129,7 +129,8 @@ def _what_failed(rows: dict[str, dict[str, Any]], zero: dict[str, Any], uniform:
         f"What failed: with `zero` the found set is only number {zero['rank among sets with it']} of the {zero['sets with it']} with "
         "that head, and the three other heads found hardly matter once it is there. Is the model broken? In the same scope, on "
         f"{closed['zero']['n']} closed-book answers (nothing to copy) the found set changes the answer's log-probability by "
-        f"{' and '.join(parts)} nats. Zeroed at every row it does break the model: prose {masked['prose loss'] - plain['prose loss']:+.2f} nats per token (other sets "
+        f"{' and '.join(parts)} nats. Zeroed at every row it does break the model: prose "
+        f"{masked['prose loss'] - plain['prose loss']:+.2f} nats per token (other sets "
         f"{masked['prose loss, other sets mean'] - plain['prose loss']:+.2f}); 4 of 72 heads, three of them in layer 5, are too many here."
     )
 
