@@ -145,10 +145,15 @@ def compiled_flex(q: Any, k: Any, v: Any, causal: bool, gqa: bool) -> dict[str, 
     """FlexAttention, and its column sums: a second call with queries and keys swapped and the log-sum-exp subtracted."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    flex = torch.compile(flex_attention)
+    torch._dynamo.reset()
+    flex = torch.compile(flex_attention, dynamic=False)
     n = q.shape[2]
-    forward = create_block_mask(lambda b, h, i, j: i >= j, None, None, n, n, device="cuda") if causal else None
-    swapped = create_block_mask(lambda b, h, i, j: j >= i, None, None, n, n, device="cuda") if causal else None
+    forward = create_block_mask(
+        lambda b, h, i, j: (i >= j) if causal else (i >= 0), None, None, n, k.shape[2], device="cuda"
+    )
+    swapped = create_block_mask(
+        lambda b, h, i, j: (j >= i) if causal else (i >= 0), None, None, k.shape[2], n, device="cuda"
+    )
     wide = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
 
     def once() -> Any:

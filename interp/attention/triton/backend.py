@@ -114,6 +114,10 @@ class Plan:
         readings = Readings(pooled_edge=call.pooled_edge or None)
         if weighting and len(weighting) == 1 and isinstance(weighting[0], GroupWeights) and asked.empty:
             return self._weighted(weighting[0], call, x), readings
+        if len(weighting) == 1 and isinstance(weighting[0], Redistribute) and asked.empty:
+            move, groups = weighting[0], self.shared.edit_groups
+            wanted = Wanted(output=True, move=move, groups=groups, n_groups=call.edit.key_groups)
+            return self.walk("moved", x, lambda: wanted)["z"], readings
         if weighting or final or (asked.row_stats and call.lse is not None):
             return self._with_final(call, x, readings), readings
         apart = asked.heads is not None or not asked.row_stats

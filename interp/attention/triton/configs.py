@@ -58,7 +58,7 @@ def choose(call: Call, wanted: Wanted, tables: Tables) -> Config:
         best = Config(64, 64, 4, 2)
     elif not wanted.output:
         best = Config(128, 64, 4, 2)
-    elif width == 128 and not a["SINK_WINDOW"] and not a["LEFT"]:
+    elif width == 128 and not (a["SINK_WINDOW"] or a["LEFT"] or a["BETA"] or wanted.weights or wanted.move):
         best = Config(128, 128, 8, 3)
     else:
         best = Config(128, 64, 8, 3)

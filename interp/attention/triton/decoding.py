@@ -10,6 +10,7 @@ finds the variants compiled for the one before.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class Decoding:
         asked, edit = call.readout, call.edit
         self.work = Work.of(call, shared)
         self.from_map = _reads_map(call)
-        self.stats = asked.row_stats and not self.from_map
+        self.stats = asked.row_stats
         self.in_turn = len(edit.of(GroupWeights, Redistribute)) > 1
         self.plain_lse = bool(edit.of(Uniform)) and asked.row_stats
         self.launches = call.want_output or self.stats or self.from_map
@@ -95,16 +96,18 @@ class Decoding:
             lse = Pass(self.work.before_step_4(), asked, known=True)(x).lse
         share = given.share if share is None else share
         if self.from_map:
-            return given.z, self._from_map(call, x, given, lse, share)
-        readings.lse, readings.sink_share, readings.entropy = lse, share, given.entropy
-        readings.top_weight, readings.top_key, readings.mass = given.top_weight, given.top_key, given.mass
-        if asked.heads is not None:
-            for name, reading in readings.tensors().items():
-                setattr(readings, name, reading[:, asked.heads])
+            readings = self._from_map(call, x, given, lse, share)
+        if not self.stats:
+            return given.z, readings
+        rows = Readings()
+        rows.lse, rows.sink_share, rows.entropy = lse, share, given.entropy
+        rows.top_weight, rows.top_key, rows.mass = given.top_weight, given.top_key, given.mass
+        for name, reading in rows.tensors().items():
+            setattr(readings, name, reading if asked.heads is None else reading[:, asked.heads])
         return given.z, readings
 
     def _from_map(self, call: Call, x: Live, given: Given, lse: Tensor | None, share: Tensor | None) -> Readings:
-        """Every reading from the rows of p, by the specification's own functions."""
+        """Every reading but row statistics from the rows of p, by the specification's own functions."""
         counted = call.readout.received
         p = MapPass(self.work, -1.0 if counted else 0.0, given.used is not None)(x, given)
         _, _, n_queries, n_keys = call.shape
@@ -112,7 +115,9 @@ class Decoding:
         if counted:
             p = p.clamp_min(0.0)
         share = None if call.sinks is None else share
+        call = replace(call, readout=replace(call.readout, row_stats=False))
         readings = measure.read(call, p, lse, share, visible, reference.gain(call))
+        readings.pooled_edge = call.pooled_edge or None
         if readings.received is not None and readings.received_rows is not None:
             readings.received_rows = readings.received_rows.expand_as(readings.received)
         return readings

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from interp.attention.edits import Redistribute
 from interp.attention.triton import configs
 from interp.attention.triton.launching import Arguments, Launch, placeholder
 from interp.attention.triton.rows import rows_kernel
-from interp.attention.triton.summing import SumBlocks, SumParts, block_table
+from interp.attention.triton.summing import SumBlocks, SumParts, block_table, moved_tiles
 from interp.attention.triton.tables import Tables, per_row, strides, visible_lists
 
 
@@ -32,6 +33,7 @@ class Wanted:
         heads: int64 ``[Hs]``, None for all.
         rows: int64 ``[R]``, None for all.
         given: the softmax is finished: its log-sum-exp comes with each call.
+        move: the redistribution to apply in the same walk.
         weights: how row-wise group weights act (the kernel's WEIGHT); 0 for none.
     """
 
@@ -49,6 +51,7 @@ class Wanted:
     heads: Tensor | None = None
     rows: Tensor | None = None
     given: bool = False
+    move: Redistribute | None = None
     weights: int = 0
 
 
@@ -108,10 +111,12 @@ class Pass:
             a.update(EDIT_GROUPS=call.edit.key_groups)
         else:
             a.update(per_row("weight", None, nothing))
-        groups = wanted.groups if wanted.row_stats or wanted.by_group else None
+        a.update(MASS=wanted.row_stats or wanted.move is not None)
+        _move(a, shared, wanted, config.bn)
+        groups = wanted.groups if a["MASS"] or wanted.by_group else None
         a.update(
             groups_ptr=nothing if groups is None else groups, groups_b=0 if groups is None else strides(groups, 1)[0],
-            GROUPS=groups is not None, **block_table(groups if wanted.row_stats else None, config.bn, nothing),
+            GROUPS=groups is not None, **block_table(groups if a["MASS"] else None, config.bn, nothing),
         )  # fmt: skip
         edit_groups: Tensor = a["edit_groups_ptr"]
         edit_table = block_table(edit_groups if a["EDIT_GROUPS"] else None, config.bn, nothing)
@@ -214,6 +219,32 @@ class Pass:
         return out
 
 
+def _move(a: Arguments, shared: Tables, wanted: Wanted, bn: int) -> None:
+    """Arguments of a redistribution: its sets of groups as bits, its fraction by row, the tiles that it touches."""
+    nothing, op = placeholder(shared.device), wanted.move
+    a.update(
+        MOVE=op is not None,
+        SOURCE=0,
+        TARGET=0,
+        GATE_MASS=0,
+        GATE_SHARE=0,
+        summ=0.0,
+        rho=0.0,
+        moved_ptr=nothing,
+        moved_b=0,
+    )
+    a.update(per_row("fraction", None, nothing))
+    if op is None:
+        return
+    bits = {name: sum(1 << g for g in getattr(op, name)) for name in ("source", "target", "gate_mass", "gate_share")}
+    assert wanted.groups is not None and shared.fraction is not None
+    moved = moved_tiles(wanted.groups, bits["source"] | bits["target"], bn, nothing)
+    a.update(
+        {name.upper(): value for name, value in bits.items()}, summ=op.summ, rho=op.rho, EDIT_GROUPS=wanted.n_groups
+    )
+    a.update(per_row("fraction", shared.fraction, nothing), moved_ptr=moved, moved_b=strides(moved, 1)[0])
+
+
 POINTERS = (
     "z", "lse", "top_weight", "top_key", "entropy", "mass", "share", "topk_weight", "topk_key", "part", "pool", "map",
     "sinks", "bias", "weight",
@@ -224,8 +255,8 @@ POINTERS = (
 def _phases(a: Arguments, shared: Tables, wanted: Wanted) -> int:
     """Bit set of the kernel's phases that can be non-empty."""
     if a["LISTS"]:
-        return 0b1000
-    sink = 0b0001 if a["SINK_WINDOW"] else 0
+        return 0b1000 | (0b10000 if wanted.move is not None else 0)
+    sink = (0b0001 if a["SINK_WINDOW"] else 0) | (0b10000 if wanted.move is not None else 0)
     if shared.always_mask or wanted.count:
         return sink | 0b1000
     return sink | (0b0010 if a["LEFT"] or a["SINK_WINDOW"] else 0) | 0b1100

@@ -31,13 +31,55 @@ from interp.attention.triton.tiles import (
     product_add,
 )
 
+
+@triton.jit
+def finished(top, total, sink, uniform, SINKS: tl.constexpr, UNIFORM: tl.constexpr):
+    """The end of a running softmax: rows that saw something, their log2-sum-exp2, and ``exp2(top - lse2)``.
+
+    The last turns sums relative to the largest score into sums of probabilities.
+    """
+    alive = top > DEAD
+    top = tl.where(alive, top, 0.0)
+    lse2 = tl.where(alive, top + tl.log2(tl.where(alive, total, 1.0)), float("-inf"))
+    if SINKS:
+        higher = tl.maximum(lse2, sink)
+        with_sink = higher + tl.log2(tl.exp2(lse2 - higher) + tl.exp2(sink - higher))
+        if UNIFORM:
+            with_sink = tl.where(uniform, lse2, with_sink)
+        lse2 = with_sink
+    return alive, top, lse2, tl.where(alive, tl.exp2(top - lse2), 0.0)
+
+
+@triton.jit
+def in_groups(GROUPS: tl.constexpr, m0, m1, m2, m3, m4, m5, m6, m7):
+    """The mass of a set of groups, given as bits."""
+    found = m0 * 0.0
+    if GROUPS & 1:
+        found += m0
+    if GROUPS & 2:
+        found += m1
+    if GROUPS & 4:
+        found += m2
+    if GROUPS & 8:
+        found += m3
+    if GROUPS & 16:
+        found += m4
+    if GROUPS & 32:
+        found += m5
+    if GROUPS & 64:
+        found += m6
+    if GROUPS & 128:
+        found += m7
+    return found
+
+
 RUNNING_INTS = [
     "n_queries", "n_keys", "n_rows", "delta", "q_offset", "kv_offset", "left", "right", "blocks_size",
     "row_scale_b", "row_scale_h", "row_scale_q", "gain_b", "gain_h", "gain_q", "bits_b", "bits_h", "bits_q", "bits_all",
     "bias_b", "bias_h", "bias_q", "dense_b", "dense_h", "dense_q", "padding_b", "threshold_b", "threshold_h", "threshold_q",
     "beta_b", "beta_h", "beta_q", "weight_b", "weight_h", "weight_q", "drop_b", "drop_h", "drop_q", "sw_h", "sw_window_h",
     "blocks_h", "blocks_q", "near_h", "near_qb", "near_kb", "edit_groups_b", "groups_b", "query_groups_b", "list_h",
-    "list_q", "first_b", "table_b", "edit_table_b", "pool_h", "pool_q", "part_rows", "map_h",
+    "list_q", "first_b", "table_b", "edit_table_b", "fraction_b", "fraction_h", "fraction_q", "moved_b", "pool_h", "pool_q", "part_rows", "map_h",
 ]  # fmt: skip
 """Arguments whose value must not choose a specialisation: lengths and strides that change from call to call."""
 
@@ -65,6 +107,7 @@ def rows_kernel(
     weight_ptr, weight_b, weight_h, weight_q,
     groups_ptr, groups_b, table_ptr, table_b,
     query_groups_ptr, query_groups_b,
+    fraction_ptr, fraction_b, fraction_h, fraction_q, moved_ptr, moved_b, summ, rho,
     top_weight_ptr, top_key_ptr, entropy_ptr, mass_ptr, share_ptr, topk_weight_ptr, topk_key_ptr,
     part_ptr, part_rows, pool_ptr, pool_h, pool_q, map_ptr, map_h,
     BM: tl.constexpr, BN: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -80,6 +123,8 @@ def rows_kernel(
     POOL_COLS: tl.constexpr, POOL_ROWS: tl.constexpr, FOLD: tl.constexpr, IN_TILE: tl.constexpr,
     MAP: tl.constexpr, COUNT: tl.constexpr, HEAD_LIST: tl.constexpr, ROW_LIST: tl.constexpr,
     N_QUERY_GROUPS: tl.constexpr, QUERY_GROUPS: tl.constexpr,
+    MASS: tl.constexpr, MOVE: tl.constexpr, SOURCE: tl.constexpr, TARGET: tl.constexpr, GATE_MASS: tl.constexpr,
+    GATE_SHARE: tl.constexpr,
 ):  # fmt: skip
     """One block of rows of one head.
 
@@ -87,6 +132,10 @@ def rows_kernel(
     multiplied). ``FOLD`` leaves the scale to the exponent's multiply-add, where nothing between them needs scores in their own
     unit. ``COUNT`` replaces p by 1 on visible keys, for ``received_rows``. ``OUTPUT_GROUPS`` restricts the product
     with v to the keys of group ``program_id(1)``.
+
+    ``MOVE`` redistributes (SOURCE, TARGET and the gates are sets of the edit's groups, as bits) in one walk: the masses that
+    decide it are there at its end, when only the tiles with a source or target key are visited once more, to add
+    ``(weight - 1) p v``.
     """
     # Heads of one block of rows run side by side (they share keys and values in L2), the longest rows first: under a causal
     # mask the last programs to start are then the shortest.
@@ -214,11 +263,43 @@ def rows_kernel(
     all_lo = tl.minimum(tl.cdiv(tl.maximum(all_lo, lo), BN) * BN, tl.cdiv(hi, BN) * BN)
     all_hi = tl.maximum(tl.minimum(all_hi, hi) // BN * BN, all_lo)
 
-    for phase in tl.static_range(4):
-        # 0: the sink of a sink-and-window rule; 1: the left edge of a window; 2: no mask needed; 3: the right edge
+    sink = 0.0
+    if SINKS:
+        sink = tl.load(sinks_ptr + h).to(tl.float32) * LOG2E
+    if not UNIFORM:
+        uniform = row_ok
+
+    for phase in tl.static_range(5):
+        # 0: the sink of a sink-and-window rule; 1: the left edge of a window; 2: no mask needed; 3: the right edge;
+        # 4: once more the tiles whose mass moves
         if (PHASES >> phase) & 1:
-            if LISTS:
+            if phase == 4:
+                alive, _, lse2, norm = finished(top, total, sink, uniform, SINKS, UNIFORM)
+                mass0 *= norm
+                mass1 *= norm
+                mass2 *= norm
+                mass3 *= norm
+                mass4 *= norm
+                mass5 *= norm
+                mass6 *= norm
+                mass7 *= norm
+                from_mass = in_groups(SOURCE, mass0, mass1, mass2, mass3, mass4, mass5, mass6, mass7)
+                to_mass = in_groups(TARGET, mass0, mass1, mass2, mass3, mass4, mass5, mass6, mass7)
+                gate = in_groups(GATE_MASS, mass0, mass1, mass2, mass3, mass4, mass5, mass6, mass7)
+                gate_share = in_groups(GATE_SHARE, mass0, mass1, mass2, mass3, mass4, mass5, mass6, mass7)
+                opens = (gate >= summ) & (gate_share >= rho * gate) & (from_mass > 0) & (to_mass >= 1.2e-38)
+                fraction_at = fraction_ptr + b * fraction_b + h * fraction_h + rows * fraction_q
+                fraction = tl.load(fraction_at, mask=row_ok, other=0.0).to(tl.float32)
+                fraction = tl.where(opens, fraction, 0.0)
+                gained = fraction * from_mass / tl.where(opens, to_mass, 1.0)
+                acc *= norm[:, None]
+                final = tl.where(alive, lse2, -HIDDEN)
+                moved_at = moved_ptr + b * moved_b
+                n_tiles = tl.cdiv(n_keys, BN)
+            if LISTS & (phase != 4):
                 start, stop, step = 0, tl.load(lists_ptr + h * list_h + block * list_q), 1
+            elif phase == 4:
+                start, stop, step = 0, tl.load(moved_at + tl.cdiv(hi, BN)), 1
             elif phase == 0:
                 start, stop, step = 0, sink_stop, BN
             elif phase == 1:
@@ -231,7 +312,9 @@ def rows_kernel(
                     start = lo
             for at in tl.range(start, stop, step):
                 n0 = at
-                if LISTS:
+                if phase == 4:
+                    n0 = tl.load(moved_at + n_tiles + 1 + at) * BN
+                elif LISTS:
                     n0 = tl.load(lists_ptr + h * list_h + block * list_q + 1 + at) * BN
                 cols = n0 + tl.arange(0, BN)
                 col_ok = cols < n_keys
@@ -342,6 +425,14 @@ def rows_kernel(
                             surprise -= tl.sum(p * tl.where(weight > 0, x + tl.log2(weight), 0.0), 1)
                         else:
                             surprise -= tl.sum(p * x, 1)
+                elif phase == 4:
+                    if FOLD:
+                        p = tl.exp2(x * row_scale[:, None] - final[:, None])
+                    else:
+                        p = tl.exp2(x - final[:, None])
+                    source_key = tl.where(edit_group >= 0, (SOURCE >> edit_group) & 1, 0).to(tl.float32)
+                    target_key = tl.where(edit_group >= 0, (TARGET >> edit_group) & 1, 0).to(tl.float32)
+                    p *= gained[:, None] * target_key[None, :] - fraction[:, None] * source_key[None, :]
                 else:
                     largest_raw = tl.max(x, 1)
                     largest = largest_raw
@@ -366,6 +457,7 @@ def rows_kernel(
                         # (top - new_top) * total is 0 * 0 with an infinite factor in the first tile.
                         shift = tl.where(total > 0, (top - new_top) * total, 0.0)
                         surprise = fade * (surprise + shift) + tl.sum(p * x, 1)
+                    if MASS:
                         mass0 *= fade
                         mass1 *= fade
                         mass2 *= fade
@@ -383,12 +475,12 @@ def rows_kernel(
                         p = p * weight
 
                 # What is read off the tile
-                if IN_TILE:
+                if IN_TILE & (phase != 4):
                     in_tile = tl.sum(p, 1)
                     total += in_tile
-                    if ROW_STATS and (not GROUPS):
+                    if MASS and (not GROUPS):
                         mass0 += in_tile
-                    elif ROW_STATS:
+                    elif MASS:
                         only = tl.load(table_ptr + b * table_b + n0 // BN).to(tl.int32)
                         if only != -2:
                             mass0 += tl.where(only == 0, in_tile, 0.0)
@@ -488,21 +580,9 @@ def rows_kernel(
 
     # The end of the softmax
     row_at = head_row + rows
-    if SINKS:
-        sink = tl.load(sinks_ptr + h).to(tl.float32) * LOG2E
     if not GIVEN_LSE and not COUNT:
-        alive = top > DEAD
-        top = tl.where(alive, top, 0.0)
+        alive, top, lse2, norm = finished(top, total, sink, uniform, SINKS, UNIFORM)
         total = tl.where(alive, total, 0.0)
-        lse2 = tl.where(alive, top + tl.log2(tl.where(alive, total, 1.0)), float("-inf"))
-        if SINKS:
-            higher = tl.maximum(lse2, sink)
-            with_sink = higher + tl.log2(tl.exp2(lse2 - higher) + tl.exp2(sink - higher))
-            if UNIFORM:
-                with_sink = tl.where(uniform, lse2, with_sink)
-            lse2 = with_sink
-        # exp2(top - lse2): what turns sums relative to the largest score into sums of probabilities
-        norm = tl.where(alive, tl.exp2(top - lse2), 0.0)
         tl.store(lse_ptr + (b * n_heads + h) * n_queries + rows, lse2 * LN2, mask=row_ok)
         if ROW_STATS:
             whole = total * norm
@@ -517,7 +597,7 @@ def rows_kernel(
             mass5 *= norm
             mass6 *= norm
             mass7 *= norm
-        if OUTPUT:
+        if OUTPUT and not MOVE:
             acc *= norm[:, None]
     elif ROW_STATS:
         tl.store(top_weight_ptr + row_at, top, mask=row_ok)

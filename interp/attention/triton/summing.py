@@ -99,3 +99,22 @@ def block_table(groups: Tensor | None, bn: int, nothing: Tensor) -> Arguments:
         kept[key] = table
     table = kept[key]
     return {"table_ptr": table, "table_b": strides(table, 1)[0]}
+
+
+def moved_tiles(groups: Tensor, touched: int, bn: int, nothing: Tensor) -> Tensor:
+    """Tiles of keys with a group of ``touched`` (bits) in them, int32 ``[B|1, 2 n + 1]`` for n tiles.
+
+    First how many of them lie before tile 0, 1, ... n, then their numbers. Kept on the groups tensor.
+    """
+    table = block_table(groups, bn, nothing)["table_ptr"]
+    kept: dict[Any, Tensor] = vars(groups)["_interp_block_groups"]
+    key = (bn, groups._version, touched)
+    if key not in kept:
+        n_tiles = table.shape[1] // 2
+        only = table[:, :n_tiles].int()
+        inside = (only < 0) | ((touched >> only.clamp_min(0)) & 1).bool()
+        before = torch.nn.functional.pad(inside.int().cumsum(1, dtype=torch.int32), (1, 0))
+        number = torch.arange(n_tiles, device=groups.device, dtype=torch.int32)
+        order = torch.where(inside, number, n_tiles).sort(1).values
+        kept[key] = torch.cat([before, order], 1).int().contiguous()
+    return kept[key]

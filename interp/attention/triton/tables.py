@@ -17,6 +17,7 @@ from interp.attention.edits import (
     Edit,
     GroupWeights,
     Neighbourhood,
+    Redistribute,
     SinkWindow,
     Temperature,
     Threshold,
@@ -63,6 +64,7 @@ class Tables:
         arguments: pointers, strides, numbers and flags by the kernels' names.
         always_mask: every tile needs its mask evaluated, whatever causality and windows say of it.
         lists: whether visible blocks come as lists (block patterns) instead of ranges.
+        fraction: ``[B|1, H|1, Lq|1]`` of a single redistribution, 0 where it does not act.
     """
 
     call: Call
@@ -70,6 +72,12 @@ class Tables:
     arguments: Arguments = field(default_factory=dict[str, Any])
     always_mask: bool = False
     lists: bool = False
+    fraction: Tensor | None = None
+
+    @property
+    def edit_groups(self) -> Tensor:
+        """The edit's key groups int8 ``[B|1, Lk]``; one group where it names none."""
+        return self.arguments["edit_groups_ptr"]
 
     def scaled_only(self, uniform: bool) -> bool:
         """Whether scores are only scaled, by positive factors, so that the scale can move into the exponent."""
@@ -130,7 +138,7 @@ def tables(call: Call, upcast: bool) -> Tables:
     else:
         a.update(first_ptr=nothing, first_b=0)
     _restrictions(out, edit, device)
-    _weights(out, edit, nothing)
+    _weights(out, call, nothing)
     out.always_mask = bool(
         out.lists or bias is not None or dense is not None or padding is not None or a["THRESHOLD"]
         or a["N_DROP"] > 0 or a["N_COORDS"] > 0 or a["BLOCKS"]
@@ -185,10 +193,10 @@ def _restrictions(out: Tables, edit: Edit, device: torch.device) -> None:
     a.update(per_row("drop", keys, nothing), N_DROP=0 if keys is None else keys.shape[-1])
 
 
-def _weights(out: Tables, edit: Edit, nothing: Tensor) -> None:
-    a = out.arguments
+def _weights(out: Tables, call: Call, nothing: Tensor) -> None:
+    a, edit = out.arguments, call.edit
     groups = edit.groups
-    speaks = bool(edit.of(Boost, GroupWeights)) or any(type(op).__name__ == "Redistribute" for op in edit.operations)
+    speaks = bool(edit.of(Boost, GroupWeights)) or bool(edit.of(Redistribute))
     if groups is None and speaks:
         groups = torch.zeros((1, out.call.shape[3]), dtype=torch.int8, device=nothing.device)
     groups = None if groups is None else row_major(groups)
@@ -197,6 +205,9 @@ def _weights(out: Tables, edit: Edit, nothing: Tensor) -> None:
         edit_groups_b=0 if groups is None else strides(groups, 1)[0],
         EDIT_GROUPS=0,
     )
+    moves = edit.of(Redistribute)
+    if len(moves) == 1:
+        out.fraction = reference.selected(moves[0].fraction, moves[0].where, 0.0, call).float()
     boosts = edit.of(Boost)
     beta = None
     if boosts:
