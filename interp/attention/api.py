@@ -76,6 +76,10 @@ def attend(
             the fused kernel that made the output. It saves a pass where readings are asked for without an output and
             nothing is edited; backends without use for it ignore it.
 
+    Under ``torch.compile`` the call becomes one operator (``fullgraph=True`` works), with gradients by computing the call
+    again; tensors, floats and lengths may come from anywhere, a mask's ``rule`` may not. A float that varies is compiled
+    for anew: make it a tensor. The backend is chosen when the code runs, so ``readings.backend`` is None with ``auto``.
+
     Returns:
         The output and the :class:`Readings`; ``readings.backend`` names the backend that computed it.
 

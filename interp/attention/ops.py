@@ -11,7 +11,8 @@ the compiled code, so a gain or temperature that varies should be a tensor.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -143,7 +144,6 @@ class Whole:
     k: Tensor
     v: Tensor
     rest: dict[str, Any]
-    kept: bool = False
 
     @property
     def readout(self) -> Readout:
@@ -159,7 +159,8 @@ def unflatten(tensors: Sequence[Tensor], numbers: Sequence[float], sizes: Sequen
     values = _values(iter(words), iter(tensors[OPERANDS:]), iter(numbers), iter(sizes))
     names = ("want_output", "scale", "softcap", "sinks", "bias", "lse", "mask", "edit", "readout")
     rest = {name: next(values) for name in names}
-    return Whole(*tensors[:OPERANDS], {**rest, "backend": backend})
+    q, k, v = tensors[:OPERANDS]
+    return Whole(q, k, v, {**rest, "backend": backend})
 
 
 def _values(
@@ -232,7 +233,7 @@ def _apart(results: list[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
 
 def _attend_fake(tensors: list[Tensor], numbers: list[float], sizes: list[int], description: str) -> list[Tensor]:
     whole = unflatten(tensors, numbers, sizes, description)
-    q, k, v, asked = whole.q, whole.k, whole.v, whole.readout
+    q, v, asked = whole.q, whole.v, whole.readout
     batch, n_heads, n_queries, _ = q.shape
     n_keys, width = v.shape[2], v.shape[3]
     heads = n_heads if asked.heads is None else asked.heads.shape[0]
@@ -257,7 +258,7 @@ def _attend_fake(tensors: list[Tensor], numbers: list[float], sizes: list[int], 
             bins = bins * n
         shapes["offset"] = (batch, heads, bins + 1)
     real = torch.float64 if q.dtype == torch.float64 else torch.float32
-    dtypes = dict.fromkeys(("top_key", "topk_key", "received_rows"), torch.int32)
+    dtypes: dict[str, torch.dtype] = dict.fromkeys(("top_key", "topk_key", "received_rows"), torch.int32)
     output = [q.new_empty((batch, n_queries, n_heads, width))] if whole.rest["want_output"] else []
     return output + [q.new_empty(shapes[name], dtype=dtypes.get(name, real)) for name in _names(asked)]
 
@@ -266,11 +267,14 @@ def _gradient(
     tensors: list[Tensor], grads: list[Tensor], of: list[int], to: list[int], numbers: list[float], sizes: list[int],
     description: str,
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients of tensors ``to`` from those of the results ``of``, by computing the call again."""
+    """The gradients of tensors ``to`` from those of the results ``of``, by computing the call again.
+
+    With ``auto`` a backend that differentiates such a call; one asked for by name may lack that, and raises BackendUnavailable.
+    """
     from interp.attention.api import attend
 
-    inputs = [x.detach().requires_grad_(n in to) for n, x in enumerate(tensors)]
-    with torch.enable_grad():
+    with _autograd_on():
+        inputs = [x.detach().requires_grad_(n in to) for n, x in enumerate(tensors)]
         whole = unflatten(inputs, numbers, sizes, description)
         given = attend(whole.q, whole.k, whole.v, **whole.rest)
         kinds.forget(whole.rest["mask"], whole.rest["edit"], whole.rest["readout"])
@@ -282,6 +286,18 @@ def _gradient(
             [x for x, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True, materialize_grads=True
         )
     return _apart(list(found), [*tensors, *grads])
+
+
+@contextmanager
+def _autograd_on() -> Generator[None]:
+    """Record for a backward pass even within a kernel, which the dispatcher may have called with autograd switched off."""
+    dispatcher: Any = cast(Any, torch)._C
+    excluded = dispatcher._dispatch_tls_local_exclude_set()
+    for name in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(dispatcher.DispatchKey, name))
+    included = dispatcher._dispatch_tls_local_include_set()
+    with dispatcher._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
 
 
 def _gradient_fake(
@@ -299,6 +315,8 @@ def _save(ctx: Any, inputs: tuple[list[Tensor], list[float], list[int], str], ou
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[list[Tensor | None], None, None, None]:
+    if torch.is_grad_enabled():
+        raise RuntimeError("headscope::attend has no second derivative (create_graph=True) under torch.compile")
     tensors = ctx.saved_tensors
     out: list[Tensor | None] = [None] * len(tensors)
     of = [n for n, grad in enumerate(grads) if grad is not None and ctx.real[n]]
@@ -311,10 +329,6 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[list[Tensor | None]
     return out, None, None, None
 
 
-def _no_second(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError("headscope::attend has no second derivative (create_graph=True) under torch.compile")
-
-
 def _define() -> torch.library.Library:
     """Register both operators; they live as long as the library that is returned."""
     library = torch.library.Library("headscope", "DEF")
@@ -325,13 +339,10 @@ def _define() -> torch.library.Library:
     library.define(
         f"attend_gradient(Tensor[] tensors, Tensor[] grads, int[] of, int[] to, {rest}) -> Tensor[]", tags=tags
     )
-    for name, run, fake, gradient, keep in (
-        ("attend", _attend, _attend_fake, _backward, _save),
-        ("attend_gradient", _gradient, _gradient_fake, _no_second, None),
-    ):
+    for name, run, fake in (("attend", _attend, _attend_fake), ("attend_gradient", _gradient, _gradient_fake)):
         library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"headscope::{name}", fake, lib=library)
-        torch.library.register_autograd(f"headscope::{name}", gradient, setup_context=keep, lib=library)
+    torch.library.register_autograd("headscope::attend", _backward, setup_context=_save, lib=library)
     return library
 
 
