@@ -13,7 +13,7 @@ from interp.attention import Edit, Gain, Neighbourhood, Uniform
 from interp.heads import HeadError, Heads
 from interp.interventions.head_means import HeadMeans
 from interp.interventions.selection import first_key, heads_at, positions_in_sample, read_heads, resolve_heads
-from interp.models.anatomy import Anatomy
+from interp.models.anatomy import Anatomy, Site
 from interp.tracing.calls import Intervention, RunState, SiteCall
 
 KINDS = ("zero", "mean", "uniform", "first_token")
@@ -99,6 +99,9 @@ class MaskHeads(Intervention):
                 raise HeadError(
                     f"reference must have means of every head, got none of {head}; {self.reference.describe()}"
                 )
+
+    def acts_on(self, site: Site, run: RunState) -> bool:
+        return site.layer in self._heads(run).by_layer(site.stack)
 
     def before(self, call: SiteCall) -> Edit | None:
         where = None if self.kind == "mean" else self._where(call)

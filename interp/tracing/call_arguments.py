@@ -63,9 +63,7 @@ def site_call(
             stacklevel=2,
         )
     scale = options.get("scaling")
-    seen = replace(
-        site, n_heads=query.shape[1], n_kv_heads=key.shape[1], head_dim=query.shape[-1], v_head_dim=value.shape[-1]
-    )
+    seen = _with_sizes(site, query.shape[1], key.shape[1], query.shape[-1], value.shape[-1])
     return SiteCall(
         site=seen,
         run=run,
@@ -79,6 +77,11 @@ def site_call(
         bias=bias,
         generated=_generated(run, decoder, mask.q_offset, n_queries),
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def _with_sizes(site: Site, heads: int, kv_heads: int, head_dim: int, v_head_dim: int) -> Site:
+    return replace(site, n_heads=heads, n_kv_heads=kv_heads, head_dim=head_dim, v_head_dim=v_head_dim)
 
 
 @functools.lru_cache(maxsize=256)

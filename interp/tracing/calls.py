@@ -30,6 +30,7 @@ class RunState:
         past_length: positions already in the cache when the current forward began.
         forwards: number of forwards so far, the current one included.
         state: a dictionary for each intervention, new for every run.
+        touched: by site, whether any intervention of the session may act there.
     """
 
     module: nn.Module
@@ -42,6 +43,7 @@ class RunState:
     forwards: int = 0
     layout_problem: str = ""
     state: dict[int, dict[str, Any]] = field(default_factory=dict[int, dict[str, Any]])
+    touched: dict[str, bool] = field(default_factory=dict[str, bool])
 
     def of(self, intervention: Any) -> dict[str, Any]:
         """The dictionary of one intervention, for what it fixes at prefill and reuses in decode."""
@@ -110,6 +112,10 @@ class Intervention:
 
     def prepare(self, anatomy: Anatomy) -> None:
         """Called when a session opens: check heads and scopes against the model, and raise early."""
+
+    def acts_on(self, site: Site, run: RunState) -> bool:
+        """Whether calls of this site may be changed in this run. A site that nothing touches costs next to nothing."""
+        return True
 
     def before(self, call: SiteCall) -> Edit | None:
         """The edit of this call, or None. May replace ``call.q``, ``call.k``, ``call.v``."""

@@ -103,6 +103,15 @@ class Session:
             raise SessionError(f"run.trace needs exactly one traced run, got none; {why}")
         raise SessionError(f"run.trace needs exactly one traced run, got {len(self.traces)}: take one of run.traces")
 
+    def touches(self, site: Site, run: RunState) -> bool:
+        """Whether an intervention may act on calls of a site in this run; asked once a run."""
+        if not self.interventions:
+            return False
+        found = run.touched.get(site.name)
+        if found is None:
+            found = run.touched[site.name] = any(i.acts_on(site, run) for i in self.interventions)
+        return found
+
     def report(self) -> dict[str, dict[str, int]]:
         """Attention calls by site and backend; a site that was never called has an empty entry."""
         return {site.name: dict(self.used.get(site.name, {})) for site in self.anatomy.sites}
@@ -346,14 +355,14 @@ class Installation:
         me = threading.get_ident()
         site = self.sites[id(module)]
         live = [(s, *s.runs[me]) for s in self.sessions if me in s.runs]
-        if not any(s.interventions or recorder is not None for s, _, recorder in live):
+        if not any(recorder is not None or session.touches(site, run) for session, run, recorder in live):
             for session, _, _ in live:
                 session.count(site, "untouched")
+            self._advance(module, query, key)
             return dispatch.call_original(module, query, key, value, attention_mask, **options)
         chunk = self.chunks.setdefault(id(module), [0, 0])
         call = site_call(site, live[0][1], module, query, key, value, attention_mask, options, chunk)
-        chunk[0] += query.shape[2]
-        chunk[1] += key.shape[2]
+        self._advance(module, query, key)
         edits: list[Edit | None] = []
         for session, run, _ in live:
             call.run = run
@@ -383,6 +392,13 @@ class Installation:
         for _, recorder in readers:
             recorder.keep_z(call, z)
         return z.contiguous(), second
+
+    def _advance(self, module: nn.Module, query: Tensor, key: Tensor) -> None:
+        """Count the rows and keys of a call: a packed tower calls its attention once a window or image."""
+        chunk = self.chunks.get(id(module))
+        if chunk is not None:
+            chunk[0] += query.shape[2]
+            chunk[1] += key.shape[2]
 
     def _output(
         self, module: nn.Module, call: SiteCall, edit: Edit | None, mask: Any, options: dict[str, Any], live: list[Any],
