@@ -66,6 +66,11 @@ def forget(*holds: Any) -> None:
         del _kinds[key]
 
 
+def clear() -> None:
+    """Let go of all kinds: each is prepared anew when it next comes."""
+    _kinds.clear()
+
+
 def shape_of(tensor: Tensor | None) -> Any:
     """What of an operand belongs to the key."""
     if tensor is None:

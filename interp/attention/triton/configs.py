@@ -1,14 +1,21 @@
-"""Tile sizes, warps and pipeline stages by what a launch does."""
+"""Tile sizes, warps and pipeline stages by what a launch does.
+
+Those here were measured on an H200; :mod:`~interp.attention.triton.tuning` finds better ones for a GPU and a shape.
+"""
 
 from __future__ import annotations
 
 import functools
+from dataclasses import fields
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from interp.attention.triton import tuned
+
 if TYPE_CHECKING:
     from interp.attention.call import Call
+    from interp.attention.readouts import Readout
     from interp.attention.triton.passes import Wanted
     from interp.attention.triton.tables import Tables
 
@@ -63,7 +70,8 @@ def choose(call: Call, wanted: Wanted, tables: Tables) -> Config:
     else:
         best = Config(128, 64, 8, 3)
     keys = a["D"] + (a["DV"] if wanted.output else 0)
-    return fitting(best, a["D"], keys, call.q.dtype.itemsize, 4 if by_pair else 0, tables.device)
+    shipped = fitting(best, a["D"], keys, call.q.dtype.itemsize, 4 if by_pair else 0, tables.device)
+    return tuned.pick("rows", tables.device, lambda: facts(call, tables, wanted), shipped)
 
 
 def choose_statistics(call: Call, tables: Tables) -> Config:
@@ -80,7 +88,29 @@ def choose_statistics(call: Call, tables: Tables) -> Config:
     else:
         # With few rows a head the second half of a tall tile is empty too often.
         best = Config(128, 64, 4, 3) if call.shape[2] > 512 else Config(64, 64, 4, 3, 128)
-    return fitting(best, width, width, call.q.dtype.itemsize, 0, tables.device)
+    shipped = fitting(best, width, width, call.q.dtype.itemsize, 0, tables.device)
+    return tuned.pick("statistics", tables.device, lambda: facts(call, tables, call.readout), shipped)
+
+
+def facts(call: Call, tables: Tables, asked: Wanted | Readout | None = None) -> list[str]:
+    """What the best configuration may depend on, for :func:`~interp.attention.triton.tuned.pick`.
+
+    The dtype, head dims, the kernel's constants, what is asked of it, and the lengths by powers of two.
+    """
+    constants = {name: x for name, x in tables.arguments.items() if name.isupper() and name not in SIZES}
+    if asked is not None:
+        constants.update({f.name: getattr(asked, f.name) for f in fields(asked)})
+    flags = [name if x is True or not isinstance(x, int) else f"{name}={x}" for name, x in constants.items() if _set(x)]
+    dims = f"{call.q.shape[3]}x{call.v.shape[3]}"
+    lengths = f"{tuned.bucket(call.shape[2])}x{tuned.bucket(call.shape[3])}"
+    return [str(call.q.dtype).removeprefix("torch."), dims, ",".join(sorted(flags)), lengths]
+
+
+SIZES = ("D", "DV", "HEAD_DIM", "V_DIM", "KV_GROUP", "UPCAST", "PRECISION")
+
+
+def _set(value: object) -> bool:
+    return value is not None and not (isinstance(value, int) and value == 0)
 
 
 def fitting(

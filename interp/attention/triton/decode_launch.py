@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from interp.attention.readouts import Readout
+from interp.attention.triton import tuned
 from interp.attention.triton.decode import combine_kernel, decode_kernel
 from interp.attention.triton.decode_arguments import UNEDITED_FLAGS, Values, Work, with_batch_stride
 from interp.attention.triton.devices import interpreted
@@ -263,6 +264,8 @@ class Tile(NamedTuple):
         bm = min(max(next_power(rows), 16), MOST_ROWS)
         heavy = heavy and (n_groups > 4 or bm > 16)
         config = choose(max(work.widths), work.dtype, bm, heavy, work.device.type == "cpu")
+        if forced is None and work.device.type != "cpu":
+            config = tuned.pick("decode", work.device, lambda: _facts(work, bm, classes, heavy, n_groups), config)
         return cls(bm, -(-rows // bm), max(next_power(work.widths[1]), 16), config)
 
     def constants(self, work: Work, asked: Values) -> Values:
@@ -272,3 +275,11 @@ class Tile(NamedTuple):
             self.bm, self.config.keys, self.row_blocks, *work.widths, max(next_power(work.widths[0]), 16), self.dv,
             heads // n_kv, interpreted(), "ieee", *asked, *work.flags, work.edited != UNEDITED_FLAGS, *work.edited,
         )  # fmt: skip
+
+
+def _facts(work: Work, rows: int, classes: int, heavy: bool, n_groups: int) -> list[object]:
+    """What the best configuration may depend on, for :func:`~interp.attention.triton.tuned.pick`."""
+    edited = "".join(str(int(x)) for x in (*work.flags, *work.edited))
+    kind = f"{rows} rows,{classes} classes,{n_groups} groups{',statistics' if heavy else ''},{edited}"
+    dims = f"{work.widths[0]}x{work.widths[1]}"
+    return [str(work.dtype).removeprefix("torch."), dims, kind, tuned.bucket(max(work.span, 1))]

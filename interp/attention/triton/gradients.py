@@ -18,8 +18,8 @@ from interp.attention.backends import BackendUnavailable
 from interp.attention.call import Call
 from interp.attention.edits import Gain, SinkWindow, Temperature
 from interp.attention.readouts import Readout
-from interp.attention.triton import backward, backward_keys
-from interp.attention.triton.configs import INTERPRETED, Config
+from interp.attention.triton import backward, backward_keys, tuned
+from interp.attention.triton.configs import INTERPRETED, Config, facts
 from interp.attention.triton.devices import interpreted
 from interp.attention.triton.launching import Arguments, Launch
 from interp.attention.triton.passes import Live, Pass, Wanted
@@ -151,6 +151,11 @@ class GradientPlan:
             found = self.launches[name] = self._prepare(name)
         return found
 
+    def _tuned(self, kind: str, config: Config) -> Config:
+        if forced is not None or self.shared.device.type == "cpu":
+            return config
+        return tuned.pick(kind, self.shared.device, lambda: facts(self.shared.call, self.shared), config)
+
     def _prepare(self, name: str) -> Launch:
         call, shared, device = self.shared.call, self.shared.arguments, self.shared.device
         batch, heads, n_queries, n_keys = call.shape
@@ -162,10 +167,10 @@ class GradientPlan:
         a.update(BITS=shared["BITS"] and not shared["bits_all"])
         for_keys, for_queries = configurations(call.q.dtype, device, max(shared["D"], shared["DV"]))
         if name == "keys":
-            config, kernel = for_keys, backward_keys.keys_gradient_kernel
+            config, kernel = self._tuned("keys gradient", for_keys), backward_keys.keys_gradient_kernel
             grid = batch * call.k.shape[1] * -(-n_keys // config.bn)
         else:
-            config, kernel = for_queries, backward.queries_gradient_kernel
+            config, kernel = self._tuned("queries gradient", for_queries), backward.queries_gradient_kernel
             grid = batch * heads * -(-n_queries // config.bm)
             a.update(DIVISOR_GRADIENT=name == "queries and divisor")
             if name == "queries":
