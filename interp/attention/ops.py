@@ -31,6 +31,9 @@ FIELDS_OF = {kind: tuple(f.name for f in fields(cast(Any, kind))) for kind in DE
 OPERANDS = 3
 """q, k and v come first among the tensors."""
 
+PASSED = ("sinks", "bias", "lse")
+"""Operands that may be missing; they come next, and are another tensor on every call."""
+
 KEPT = 64
 """Descriptions whose mask, edit and readout are kept, so that calls of one kind know each other."""
 KEPT_BYTES = 1 << 20
@@ -95,7 +98,7 @@ def flatten(
     for name, thing, kind in (("mask", mask, Mask), ("edit", edit, Edit), ("readout", readout, Readout)):
         if not isinstance(thing, kind):
             fail(name, f"must be None or {kind.__name__}(...)", f"a {type(thing).__name__}")
-    for thing in (want_output, float(scale), softcap, sinks, bias, lse, mask, edit, readout):
+    for thing in (sinks, bias, lse, want_output, float(scale), softcap, mask, edit, readout):
         flat.put(thing)
     return flat.tensors, flat.numbers, flat.sizes, " ".join([backend, *flat.words])
 
@@ -150,14 +153,15 @@ class Whole:
         return self.rest["readout"]
 
 
-_kept: OrderedDict[tuple[Any, ...], tuple[Mask, Edit, Readout]] = OrderedDict()
+_kept: OrderedDict[tuple[Any, ...], dict[str, Any]] = OrderedDict()
+"""Arguments of calls but for the operands; a tensor in them is held, so that its address stands for it alone."""
 
 
 def unflatten(tensors: Sequence[Tensor], numbers: Sequence[float], sizes: Sequence[int], description: str) -> Whole:
     """The call that :func:`flatten` took apart."""
     backend, *words = description.split(" ")
     values = _values(iter(words), iter(tensors[OPERANDS:]), iter(numbers), iter(sizes))
-    names = ("want_output", "scale", "softcap", "sinks", "bias", "lse", "mask", "edit", "readout")
+    names = (*PASSED, "want_output", "scale", "softcap", "mask", "edit", "readout")
     rest = {name: next(values) for name in names}
     q, k, v = tensors[:OPERANDS]
     return Whole(q, k, v, {**rest, "backend": backend})
@@ -182,22 +186,30 @@ def _values(
                 yield cast(Any, kind)(*(next(inner) for _ in FIELDS_OF[kind]))
 
 
-def _recognised(whole: Whole, numbers: Sequence[float], sizes: Sequence[int], description: str) -> bool:
-    """Whether the mask, edit and readout could be exchanged for those of an earlier call that had the same tensors in them.
+def _recalled(
+    tensors: Sequence[Tensor], numbers: Sequence[float], sizes: Sequence[int], description: str
+) -> tuple[Whole, bool]:
+    """The call, and whether its mask, edit and readout are kept: then those of an earlier call with the same tensors in them.
 
     ``attend`` knows calls of one kind by the identity of these objects, and looks at the tensors' values only once a kind.
     """
-    names = ("mask", "edit", "readout")
-    inside = [tensor for name in names for tensor in kinds.tensors(whole.rest[name])]
-    if sum(tensor.nbytes for tensor in inside) > KEPT_BYTES:
-        return False
-    key = (description, tuple(numbers), tuple(sizes), tuple(id(tensor) for tensor in inside))
-    objects = _kept.setdefault(key, (whole.rest["mask"], whole.rest["edit"], whole.rest["readout"]))
+    present = [word == "t" for word in description.split(" ", 4)[1:4]]
+    first = OPERANDS + sum(present)
+    key = (description, *numbers, *sizes, *map(id, tensors[first:]))
+    kept = _kept.get(key)
+    if kept is None:
+        whole = unflatten(tensors, numbers, sizes, description)
+        if sum(tensor.nbytes for tensor in tensors[first:]) > KEPT_BYTES:
+            return whole, False
+        _kept[key] = {name: thing for name, thing in whole.rest.items() if name not in PASSED}
+        while len(_kept) > KEPT:
+            _kept.popitem(last=False)
+        return whole, True
     _kept.move_to_end(key)
-    while len(_kept) > KEPT:
-        _kept.popitem(last=False)
-    whole.rest.update(zip(names, objects, strict=True))
-    return True
+    passed = iter(tensors[OPERANDS:first])
+    rest = {name: next(passed) if there else None for name, there in zip(PASSED, present, strict=True)}
+    q, k, v = tensors[:OPERANDS]
+    return Whole(q, k, v, {**kept, **rest}), True
 
 
 # The operators
@@ -206,10 +218,9 @@ def _recognised(whole: Whole, numbers: Sequence[float], sizes: Sequence[int], de
 def _attend(tensors: list[Tensor], numbers: list[float], sizes: list[int], description: str) -> list[Tensor]:
     from interp.attention.api import attend
 
-    whole = unflatten(tensors, numbers, sizes, description)
-    recognised = _recognised(whole, numbers, sizes, description)
+    whole, kept = _recalled(tensors, numbers, sizes, description)
     given = attend(whole.q, whole.k, whole.v, **whole.rest)
-    if not recognised:
+    if not kept:
         kinds.forget(whole.rest["mask"], whole.rest["edit"], whole.rest["readout"])
     return _apart(_results(whole.readout, *given), tensors)
 

@@ -264,7 +264,7 @@ def test_unflatten_undoes_flatten() -> None:
 
 def test_calls_with_the_same_tensors_are_of_one_kind() -> None:
     gain = torch.rand(1, 4, 1)
-    kinds._kinds.clear()
+    kinds.clear()
     for seed in range(3):
         flat = arguments(edit=Edit((Gain(gain),)))
         torch.ops.headscope.attend([*operands(seed=seed), *flat[0][3:]], *flat[1:])
@@ -275,9 +275,19 @@ def test_calls_with_the_same_tensors_are_of_one_kind() -> None:
     assert bool((z == 0).all())
 
 
+def test_operands_of_a_kept_kind_are_this_calls() -> None:
+    kinds.clear()
+    for seed in range(3):
+        q, k, v = operands(seed=seed)
+        given: dict[str, Any] = {"sinks": torch.randn(4), "bias": torch.randn(1, 1, N, N)}
+        flat = arguments(**given, mask=Mask(causal=True))
+        (z,) = torch.ops.headscope.attend([q, k, v, *flat[0][3:]], *flat[1:])
+        assert_same(z, attend(q, k, v, scale=0.4, mask=Mask(causal=True), **given).output)
+
+
 def test_a_large_mask_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "KEPT_BYTES", 10)
-    kinds._kinds.clear()
+    kinds.clear()
     ops._kept.clear()
     dense = torch.ones(1, 1, N, N, dtype=torch.bool)
     torch.ops.headscope.attend(*arguments(mask=Mask(dense=dense)))
