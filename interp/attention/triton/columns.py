@@ -6,19 +6,19 @@ import triton
 import triton.language as tl
 
 RUNNING_INTS = [
-    "n_parts", "n_queries", "n_keys", "n_heads", "delta", "left", "right", "first_b", "groups_b", "kv_offset",
+    "n_parts", "first_block", "n_chunks", "n_queries", "n_keys", "n_heads", "delta", "left", "right", "first_b", "groups_b", "kv_offset",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=RUNNING_INTS)
 def sum_parts_kernel(
     part_ptr, out_ptr, pool_ptr, query_groups_ptr, groups_b, first_ptr, first_b,
-    n_parts, n_queries, n_keys, n_heads, delta, kv_offset, left, right,
+    n_parts, first_block, n_chunks, n_queries, n_keys, n_heads, delta, kv_offset, left, right,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
     CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PADDING: tl.constexpr, ZEROED: tl.constexpr,
-    N_QUERY_GROUPS: tl.constexpr, QUERY_GROUPS: tl.constexpr, BLOCKS: tl.constexpr, RECEIVED: tl.constexpr,
+    N_QUERY_GROUPS: tl.constexpr, QUERY_GROUPS: tl.constexpr, BLOCKS: tl.constexpr, RECEIVED: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """``received [B * H, Gq, Lk]`` from parts ``[B * H, Gq, n_parts, Lk]``.
+    """``received [B * H, Gq, Lk]`` from parts ``[B * H, Gq, n_parts, Lk]`` of the row blocks from ``first_block`` on.
 
     Parts that no program wrote (its rows see nothing there) are left out by the same arithmetic that made it skip them, so
     that the buffer need not be cleared first; ``ZEROED`` says that it was.
@@ -32,12 +32,12 @@ def sum_parts_kernel(
     total = tl.zeros([BK], tl.float32)
     start = 0
     if CAUSAL and not ZEROED:
-        start = tl.maximum((tl.program_id(0) * BK // BN * BN - delta) // BM, 0) // PARTS * PARTS
+        start = tl.maximum((tl.program_id(0) * BK // BN * BN - delta) // BM - first_block, 0) // PARTS * PARTS
     for first in tl.range(start, n_parts, PARTS):
         part = first + tl.arange(0, PARTS)
         written = (part < n_parts)[:, None] & col_ok[None, :]
         if not ZEROED:
-            first_row = part * BM
+            first_row = (part + first_block) * BM
             last_row = tl.minimum(first_row + BM, n_queries) - 1
             lo = part * 0
             hi = part * 0 + n_keys
@@ -52,7 +52,7 @@ def sum_parts_kernel(
             lo = lo // BN * BN
             written = written & (tile_start[None, :] >= lo[:, None]) & (tile_start[None, :] < hi[:, None])
             if N_QUERY_GROUPS > 1:
-                row = part[:, None] * BM + tl.arange(0, BM)[None, :]
+                row = (part[:, None] + first_block) * BM + tl.arange(0, BM)[None, :]
                 row_ok = row < n_queries
                 if QUERY_GROUPS:
                     group = tl.load(query_groups_ptr + b * groups_b + row, mask=row_ok, other=-1).to(tl.int32)
@@ -65,10 +65,13 @@ def sum_parts_kernel(
         chunk = tl.sum(tl.load(at, mask=written, other=0.0), 0)
         total += chunk
         if BLOCKS:
-            pool_at = pool_ptr + (bhg * tl.cdiv(n_parts, PARTS) + first // PARTS) * tl.num_programs(0)
+            pool_at = pool_ptr + (bhg * n_chunks + (first_block + first) // PARTS) * tl.num_programs(0)
             tl.store(pool_at + tl.program_id(0), tl.sum(chunk, 0))
     if RECEIVED:
-        tl.store(out_ptr + bhg * n_keys + cols, total, mask=col_ok)
+        out_at = out_ptr + bhg * n_keys + cols
+        if ADD:
+            total += tl.load(out_at, mask=col_ok, other=0.0)
+        tl.store(out_at, total, mask=col_ok)
 
 
 @triton.jit(do_not_specialize=["n_keys", "groups_b"])

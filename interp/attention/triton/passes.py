@@ -12,7 +12,7 @@ from interp.attention.edits import Redistribute
 from interp.attention.triton import configs
 from interp.attention.triton.launching import Arguments, Launch, placeholder
 from interp.attention.triton.rows import rows_kernel
-from interp.attention.triton.summing import SumBlocks, SumParts, block_table, moved_tiles
+from interp.attention.triton.summing import SumBlocks, SumParts, block_table, moved_tiles, spans
 from interp.attention.triton.tables import Tables, per_row, strides, visible_lists
 
 
@@ -94,7 +94,8 @@ class Pass:
         n_rows = n_queries if wanted.rows is None else len(wanted.rows)
         self.device, self.wanted = device, wanted
         self.buffers: list[Buffer] = []
-        self.after: list[SumParts | SumBlocks] = []
+        self.parts: SumParts | None = None
+        self.blocks: SumBlocks | None = None
         config = configs.choose(call, wanted, shared)
         nothing = placeholder(device)
         a: Arguments = dict(shared.arguments)
@@ -131,20 +132,23 @@ class Pass:
         a.update(IN_TILE=bool(in_tile) and not wanted.count)
         self._outputs(a, batch, n_heads, heads, n_queries, n_rows, n_keys)
         n_blocks = -(-n_rows // config.bm)
-        self._columns(a, shared, config, heads, n_blocks)
+        walked = self._columns(a, shared, config, heads, n_blocks)
         for name in POINTERS:
             a.setdefault(f"{name}_ptr", nothing)
-        self.weight_sizes = (batch, n_heads, n_queries)
         live = {"q_ptr", "k_ptr", "v_ptr", *(buffer.argument for buffer in self.buffers)}
         live |= {f"{x}_ptr" for x, used in (("sinks", a["SINKS"]), ("bias", a["BIAS"])) if used}
         live |= {"lse_ptr"} if wanted.given else set()
         live |= {"weight_ptr"} if wanted.weights else set()
         self.live = live
-        grid = (batch * heads * n_blocks, wanted.n_groups if wanted.by_group else 1)
-        self.launch = Launch(
-            rows_kernel, grid, {name: value for name, value in a.items() if name not in live}, BM=config.bm, BN=config.bn,
-            num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
+        fixed = {name: value for name, value in a.items() if name not in live}
+        self.launches = [
+            Launch(
+                rows_kernel, (batch * heads * (stop - first), wanted.n_groups if wanted.by_group else 1),
+                {**fixed, "part_rows": stop - first, "first_block": first}, BM=config.bm, BN=config.bn,
+                num_warps=config.warps, num_stages=config.stages,
+            )
+            for first, stop in walked
+        ]  # fmt: skip
 
     def _outputs(
         self, a: Arguments, batch: int, n_heads: int, heads: int, n_queries: int, n_rows: int, n_keys: int
@@ -176,30 +180,35 @@ class Pass:
             a.update(z_b=n_rows * heads * width, z_h=width, z_m=heads * width)
         a.pop("v_dtype")
 
-    def _columns(self, a: Arguments, shared: Tables, config: configs.Config, heads: int, n_blocks: int) -> None:
+    def _columns(
+        self, a: Arguments, shared: Tables, config: configs.Config, heads: int, n_blocks: int
+    ) -> list[tuple[int, int]]:
+        """Buffers of column and block sums; the spans of row blocks to walk one after the other."""
         call, wanted = shared.call, self.wanted
         batch, _, n_queries, n_keys = call.shape
-        columns = wanted.columns or wanted.count
+        columns, walked = wanted.columns or wanted.count, [(0, n_blocks)]
         groups = call.readout.query_groups
         n_groups = call.readout.n_query_groups if columns else 1
         a.update(
             query_groups_ptr=placeholder(self.device) if groups is None else groups,
             query_groups_b=0 if groups is None else strides(groups, 1)[0], QUERY_GROUPS=groups is not None,
-            N_QUERY_GROUPS=n_groups, COLUMNS=columns, part_rows=n_blocks, pool_h=0, pool_q=0, POOL=wanted.pooled, POOL_COLS=1,
+            N_QUERY_GROUPS=n_groups, COLUMNS=columns, pool_h=0, pool_q=0, POOL=wanted.pooled, POOL_COLS=1,
             POOL_ROWS=1,
         )  # fmt: skip
         if columns:
             # Where tiles are left out by more than causality, windows and padding, the rest of the buffer must be zero.
             zeroed = shared.lists or a["SINK_WINDOW"]
-            self.buffers.append(Buffer("part_ptr", "", (batch * heads, n_groups, n_blocks, n_keys), zeros=zeroed))
-            self.after.append(SumParts(a, config, n_blocks, n_groups, batch, heads, zeroed))
+            walked = spans(n_blocks, batch * heads * n_groups * n_keys * 4)
+            self.buffers.append(Buffer("part_ptr", "", (batch * heads, n_groups, walked[0][1], n_keys), zeros=zeroed))
+            self.parts = SumParts(a, config, n_blocks, n_groups, batch, heads, zeroed)
         if wanted.pooled:
             edge = call.pooled_edge
             tall, wide = min(edge, 16), min(edge, config.bn)
             shape = (batch * heads, n_blocks * (config.bm // tall), -(-n_keys // wide))
             self.buffers.append(Buffer("pool_ptr", "", shape, zeros=True))
-            self.after.append(SumBlocks(edge, tall, wide, n_queries, n_keys, (batch, heads)))
+            self.blocks = SumBlocks(edge, tall, wide, n_queries, n_keys, (batch, heads))
             a.update(pool_h=shape[1] * shape[2], pool_q=shape[2], POOL_ROWS=tall, POOL_COLS=wide)
+        return walked
 
     def __call__(self, x: Live) -> dict[str, Tensor]:
         """Launch; the tensors by the names of readings, and ``z [B, Lq, H, Dv]``."""
@@ -209,13 +218,21 @@ class Pass:
         live.update({name: t for name, t in given.items() if name in self.live and name not in made and t is not None})
         if x.weights is not None and self.wanted.weights:
             # Their strides follow from which axes are 1 wide, which an operation's own tensors decide once and for all.
-            self.launch.fixed.update(
-                {k: v for k, v in per_row("weight", x.weights, x.weights).items() if k != "weight_ptr"}
-            )
-        self.launch(live)
+            sizes = {k: v for k, v in per_row("weight", x.weights, x.weights).items() if k != "weight_ptr"}
+            for launch in self.launches:
+                launch.fixed.update(sizes)
+        sums = {} if self.parts is None else self.parts.begin(self.device)
+        for span, launch in enumerate(self.launches):
+            if self.parts is not None and span and self.parts.zeroed:
+                made["part_ptr"].zero_()
+            launch(live)
+            if self.parts is not None:
+                self.parts.add(span, made["part_ptr"], sums)
         out = {buffer.reading: made[buffer.argument] for buffer in self.buffers if buffer.reading}
-        for step in self.after:
-            out.update(step(made))
+        if self.parts is not None:
+            out.update(self.parts.end(sums))
+        if self.blocks is not None:
+            out.update(self.blocks(made))
         return out
 
 
@@ -237,7 +254,8 @@ def _move(a: Arguments, shared: Tables, wanted: Wanted, bn: int) -> None:
     if op is None:
         return
     bits = {name: sum(1 << g for g in getattr(op, name)) for name in ("source", "target", "gate_mass", "gate_share")}
-    assert wanted.groups is not None and shared.fraction is not None
+    assert wanted.groups is not None
+    assert shared.fraction is not None
     moved = moved_tiles(wanted.groups, bits["source"] | bits["target"], bn, nothing)
     a.update(
         {name.upper(): value for name, value in bits.items()}, summ=op.summ, rho=op.rho, EDIT_GROUPS=wanted.n_groups

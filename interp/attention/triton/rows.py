@@ -79,7 +79,8 @@ RUNNING_INTS = [
     "bias_b", "bias_h", "bias_q", "dense_b", "dense_h", "dense_q", "padding_b", "threshold_b", "threshold_h", "threshold_q",
     "beta_b", "beta_h", "beta_q", "weight_b", "weight_h", "weight_q", "drop_b", "drop_h", "drop_q", "sw_h", "sw_window_h",
     "blocks_h", "blocks_q", "near_h", "near_qb", "near_kb", "edit_groups_b", "groups_b", "query_groups_b", "list_h",
-    "list_q", "first_b", "table_b", "edit_table_b", "fraction_b", "fraction_h", "fraction_q", "moved_b", "pool_h", "pool_q", "part_rows", "map_h",
+    "list_q", "first_b", "table_b", "edit_table_b", "fraction_b", "fraction_h", "fraction_q", "moved_b", "pool_h", "pool_q",
+    "part_rows", "first_block", "map_h",
 ]  # fmt: skip
 """Arguments whose value must not choose a specialisation: lengths and strides that change from call to call."""
 
@@ -109,7 +110,7 @@ def rows_kernel(
     query_groups_ptr, query_groups_b,
     fraction_ptr, fraction_b, fraction_h, fraction_q, moved_ptr, moved_b, summ, rho,
     top_weight_ptr, top_key_ptr, entropy_ptr, mass_ptr, share_ptr, topk_weight_ptr, topk_key_ptr,
-    part_ptr, part_rows, pool_ptr, pool_h, pool_q, map_ptr, map_h,
+    part_ptr, part_rows, first_block, pool_ptr, pool_h, pool_q, map_ptr, map_h,
     BM: tl.constexpr, BN: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     KV_GROUP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, ALWAYS_MASK: tl.constexpr, LISTS: tl.constexpr,
@@ -142,7 +143,7 @@ def rows_kernel(
     n_bh = n_samples * n_heads_read
     pid = tl.program_id(0)
     bh = pid % n_bh
-    block = tl.num_programs(0) // n_bh - 1 - pid // n_bh
+    block = first_block + tl.num_programs(0) // n_bh - 1 - pid // n_bh
     b = (bh // n_heads_read).to(tl.int64)
     hs = bh % n_heads_read
     h = hs.to(tl.int64)
@@ -538,7 +539,9 @@ def rows_kernel(
                             largest = tl.max(left_over, 1)
                             rises = largest > worst
                 if COLUMNS:
-                    part_at = part_ptr + (bh.to(tl.int64) * N_QUERY_GROUPS * part_rows + block) * n_keys + cols
+                    part_at = (
+                        part_ptr + (bh.to(tl.int64) * N_QUERY_GROUPS * part_rows + block - first_block) * n_keys + cols
+                    )
                     if N_QUERY_GROUPS == 1:
                         tl.store(part_at, tl.sum(p * counted[:, None], 0), mask=col_ok)
                     else:

@@ -19,7 +19,7 @@ from interp.attention.triton.tiles import HIDDEN, LN2, LOG2E, capped, product
 
 RUNNING_INTS = [
     "n_queries", "n_keys", "delta", "kv_offset", "left", "right", "row_scale_b", "row_scale_h", "row_scale_q", "padding_b",
-    "first_b", "groups_b", "query_groups_b", "n_parts", "pool_h", "pool_q", "table_b",
+    "first_b", "groups_b", "query_groups_b", "n_parts", "first_block", "pool_h", "pool_q", "table_b",
 ]  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def statistics_kernel(
     q_ptr, k_ptr, lse_ptr, q_b, q_h, q_m, k_b, k_h, k_n, heads_ptr,
     scale, softcap, n_samples, n_heads, n_heads_read, n_queries, n_keys, delta, kv_offset, left, right,
     row_scale_ptr, row_scale_b, row_scale_h, row_scale_q, padding_ptr, padding_b, first_ptr, first_b,
-    query_groups_ptr, query_groups_b, top_weight_ptr, top_key_ptr, entropy_ptr, part_ptr, n_parts, pool_ptr, pool_h, pool_q,
+    query_groups_ptr, query_groups_b, top_weight_ptr, top_key_ptr, entropy_ptr, part_ptr, n_parts, first_block, pool_ptr, pool_h, pool_q,
     BM: tl.constexpr, BN: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, KV_GROUP: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     PADDING: tl.constexpr, SOFTCAP: tl.constexpr, ROW_SCALE: tl.constexpr, ROW_STATS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -98,7 +98,7 @@ def statistics_kernel(
     n_bh = n_samples * n_heads_read
     pid = tl.program_id(0)
     bh = pid % n_bh
-    block = tl.num_programs(0) // n_bh - 1 - pid // n_bh
+    block = first_block + tl.num_programs(0) // n_bh - 1 - pid // n_bh
     b = (bh // n_heads_read).to(tl.int64)
     hs = bh % n_heads_read
     h = hs.to(tl.int64)
@@ -165,7 +165,7 @@ def statistics_kernel(
     top = tl.zeros([BN // 2, BM], tl.float32)
     top_tile = tl.zeros([BN // 2, BM], tl.int32)
     row_at = bh.to(tl.int64) * n_queries + rows
-    part_at = part_ptr + (bh.to(tl.int64) * N_QUERY_GROUPS * n_parts + block) * n_keys
+    part_at = part_ptr + (bh.to(tl.int64) * N_QUERY_GROUPS * n_parts + block - first_block) * n_keys
     pool_at = pool_ptr + bh.to(tl.int64) * pool_h
 
     for phase in tl.static_range(3):

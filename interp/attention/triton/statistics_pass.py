@@ -9,7 +9,7 @@ from interp.attention.triton import configs
 from interp.attention.triton.launching import Arguments, Launch, placeholder
 from interp.attention.triton.passes import Buffer, Live, Wanted
 from interp.attention.triton.statistics import mass_kernel, statistics_kernel
-from interp.attention.triton.summing import SumBlocks, SumParts, block_table
+from interp.attention.triton.summing import SumBlocks, SumParts, block_table, spans
 from interp.attention.triton.tables import Tables, strides
 
 SLAB = 16
@@ -45,7 +45,8 @@ class StatisticsPass:
         nothing = placeholder(device)
         self.device, self.wanted = device, wanted
         self.buffers: list[Buffer] = []
-        self.after: list[SumParts | SumBlocks] = []
+        self.parts: SumParts | None = None
+        self.blocks: SumBlocks | None = None
         n_blocks, edge = -(-n_queries // config.bm), call.pooled_edge
         # Where a block of the pooled map holds whole blocks of rows, it is summed from the parts of the columns.
         from_parts = wanted.pooled and edge >= config.bm
@@ -63,7 +64,7 @@ class StatisticsPass:
             "query_groups_ptr": nothing if query_groups is None else query_groups,
             "query_groups_b": 0 if query_groups is None else strides(query_groups, 1)[0],
             "QUERY_GROUPS": query_groups is not None, "N_QUERY_GROUPS": n_query_groups, "ROW_STATS": wanted.row_stats,
-            "COLUMNS": columns, "ACROSS": across, "WIDE": min(edge, SLAB), "n_parts": n_blocks, "pool_h": 0, "pool_q": 0,
+            "COLUMNS": columns, "ACROSS": across, "WIDE": min(edge, SLAB), "pool_h": 0, "pool_q": 0,
         }  # fmt: skip
         rows = (batch, heads, n_queries)
         self.mass = MassPass(shared, wanted, config, a, heads, n_blocks) if wanted.row_stats else None
@@ -73,40 +74,49 @@ class StatisticsPass:
                 Buffer("top_key_ptr", "top_key", rows, torch.int32),
                 Buffer("entropy_ptr", "entropy", rows),
             ]
+        walked = [(0, n_blocks)]
         if columns:
-            self.buffers.append(Buffer("part_ptr", "", (batch * heads, n_query_groups, n_blocks, n_keys)))
+            walked = spans(n_blocks, batch * heads * n_query_groups * n_keys * 4)
+            self.buffers.append(Buffer("part_ptr", "", (batch * heads, n_query_groups, walked[0][1], n_keys)))
         if wanted.columns or from_parts:
-            self.after.append(
-                SumParts(
-                    {**a, **own}, config, n_blocks, n_query_groups, batch, heads, False, edge=edge if from_parts else 0,
-                    received=wanted.columns,
-                )
+            self.parts = SumParts(
+                {**a, **own}, config, n_blocks, n_query_groups, batch, heads, False, edge=edge if from_parts else 0,
+                received=wanted.columns,
             )  # fmt: skip
         if across:
             shape = (batch * heads, n_blocks * across, -(-n_keys // min(edge, SLAB)))
             self.buffers.append(Buffer("pool_ptr", "", shape, zeros=True))
             own.update(pool_h=shape[1] * shape[2], pool_q=shape[2])
-            blocks = SumBlocks(edge, config.bm // across, min(edge, SLAB), n_queries, n_keys, (batch, heads))
-            self.after.append(blocks)
+            self.blocks = SumBlocks(edge, config.bm // across, min(edge, SLAB), n_queries, n_keys, (batch, heads))
         live = {"q_ptr", "k_ptr", "lse_ptr", *(buffer.argument for buffer in self.buffers)}
         for name in ("top_weight_ptr", "top_key_ptr", "entropy_ptr", "part_ptr", "pool_ptr"):
             own.setdefault(name, nothing)
         fixed = {name: value for name, value in {**a, **own}.items() if name not in live}
-        self.launch = Launch(
-            statistics_kernel, (batch * heads * n_blocks,), fixed, BM=config.bm, BN=config.bn, num_warps=config.warps,
-            num_stages=config.stages, **configs.registers(config),
-        )  # fmt: skip
+        self.launches = [
+            Launch(
+                statistics_kernel, (batch * heads * (stop - first),), {**fixed, "n_parts": stop - first, "first_block": first},
+                BM=config.bm, BN=config.bn, num_warps=config.warps, num_stages=config.stages, **configs.registers(config),
+            )
+            for first, stop in walked
+        ]  # fmt: skip
 
     def __call__(self, x: Live) -> dict[str, Tensor]:
         """Launch both kernels; tensors by the names of readings."""
         assert x.lse is not None
         made = {buffer.argument: buffer.make(self.device) for buffer in self.buffers}
-        self.launch({"q_ptr": x.q, "k_ptr": x.k, "lse_ptr": x.lse, **made})
+        live = {"q_ptr": x.q, "k_ptr": x.k, "lse_ptr": x.lse, **made}
         out = {buffer.reading: made[buffer.argument] for buffer in self.buffers if buffer.reading}
+        sums = {} if self.parts is None else self.parts.begin(self.device)
+        for span, launch in enumerate(self.launches):
+            launch(live)
+            if self.parts is not None:
+                self.parts.add(span, made["part_ptr"], sums)
         if self.mass is not None:
             out.update(self.mass(x))
-        for step in self.after:
-            out.update(step(made))
+        if self.parts is not None:
+            out.update(self.parts.end(sums))
+        if self.blocks is not None:
+            out.update(self.blocks(made))
         return out
 
 

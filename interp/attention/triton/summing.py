@@ -12,6 +12,17 @@ from interp.attention.triton.configs import Config
 from interp.attention.triton.launching import Arguments, Launch
 from interp.attention.triton.tables import strides
 
+PART_BYTES = 512 << 20
+"""Largest buffer of partial column sums. Above it rows are walked in spans, so that memory stays linear in the keys."""
+CHUNK = 16
+"""Parts added up at a time; spans are whole chunks."""
+
+
+def spans(n_blocks: int, bytes_a_block: int) -> list[tuple[int, int]]:
+    """Half-open ranges of row blocks whose parts fit into the buffer together."""
+    step = max(PART_BYTES // bytes_a_block // CHUNK, 1) * CHUNK
+    return [(first, min(first + step, n_blocks)) for first in range(0, n_blocks, step)]
+
 
 class SumParts:
     """``received [B, Hs, Gq, Lk]`` from the parts ``[B * Hs, Gq, blocks, Lk]`` that a launch leaves in ``part_ptr``.
@@ -38,30 +49,42 @@ class SumParts:
             "right",
         )
         flags = ("CAUSAL", "LEFT", "RIGHT", "PADDING", "QUERY_GROUPS")
-        fixed = {name: a[name] for name in (*names, *flags)}
-        fixed.update(
-            groups_b=a["query_groups_b"], n_parts=n_blocks, n_heads=heads, BM=config.bm, BN=config.bn, BK=wide,
-            ZEROED=bool(zeroed), N_QUERY_GROUPS=n_groups, BLOCKS=edge > 0, RECEIVED=received,
-        )  # fmt: skip
         # Parts of one chunk belong to one row of the pooled map.
-        chunk = min(edge // config.bm, 16) if edge else 8
-        fixed["PARTS"] = chunk
-        self.received = received
+        chunk = min(edge // config.bm, CHUNK) if edge else 8
+        self.received, self.zeroed = received, bool(zeroed)
         self.n_chunks, self.n_cols = -(-n_blocks // chunk), -(-n_keys // wide)
         self.blocks = SumBlocks(edge, chunk * config.bm, wide, a["n_queries"], n_keys, (batch, heads)) if edge else None
-        self.launch = Launch(columns.sum_parts_kernel, (-(-n_keys // wide), batch * heads * n_groups), fixed)
+        fixed = {name: a[name] for name in (*names, *flags)}
+        fixed.update(
+            groups_b=a["query_groups_b"], n_heads=heads, n_chunks=self.n_chunks, BM=config.bm, BN=config.bn, BK=wide,
+            PARTS=chunk, ZEROED=bool(zeroed), N_QUERY_GROUPS=n_groups, BLOCKS=edge > 0, RECEIVED=received,
+        )  # fmt: skip
+        grid = (-(-n_keys // wide), batch * heads * n_groups)
+        self.launches = [
+            Launch(
+                columns.sum_parts_kernel,
+                grid,
+                {**fixed, "n_parts": stop - first, "first_block": first, "ADD": first > 0},
+            )
+            for first, stop in spans(n_blocks, batch * heads * n_groups * n_keys * 4)
+        ]
 
-    def __call__(self, made: dict[str, Tensor]) -> dict[str, Tensor]:
-        device = made["part_ptr"].device
-        received = torch.empty(self.shape if self.received else (1,), device=device)
+    def begin(self, device: torch.device) -> dict[str, Tensor]:
+        """The tensors that the spans add to."""
         batch, heads, n_groups, _ = self.shape
-        pool = torch.zeros(
-            (batch * heads, n_groups, self.n_chunks, self.n_cols) if self.blocks is not None else (1,), device=device
-        )
-        self.launch({"part_ptr": made["part_ptr"], "out_ptr": received, "pool_ptr": pool})
-        out = {"received": received} if self.received else {}
+        pool = (batch * heads, n_groups, self.n_chunks, self.n_cols) if self.blocks is not None else (1,)
+        received = torch.empty(self.shape if self.received else (1,), device=device)
+        return {"out_ptr": received, "pool_ptr": torch.zeros(pool, device=device)}
+
+    def add(self, span: int, part: Tensor, sums: dict[str, Tensor]) -> None:
+        """Add up what the launch over a span of row blocks left."""
+        self.launches[span]({"part_ptr": part, **sums})
+
+    def end(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The readings."""
+        out = {"received": sums["out_ptr"]} if self.received else {}
         if self.blocks is not None:
-            out.update(self.blocks({"pool_ptr": pool.sum(1) if n_groups > 1 else pool[:, 0]}))
+            out.update(self.blocks({"pool_ptr": sums["pool_ptr"].sum(1)}))
         return out
 
 
