@@ -111,7 +111,8 @@ def prefill() -> None:
     record(
         "kernels_prefill",
         rows,
-        note="GPU time (CUDA graphs, median of 7 rounds side by side), bf16; shapes are batch, heads / KV heads, tokens, head dim; map MiB is the fp32 map that is never made",
+        note="GPU time (CUDA graphs, median of 7 rounds side by side), bf16; shapes are batch, heads / KV heads, tokens, head dim; "
+        "map MiB is the fp32 map that is never made",
     )
 
 

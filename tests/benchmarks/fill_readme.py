@@ -13,6 +13,7 @@ from pathlib import Path
 
 import _readme_benchmarks
 import _readme_families
+import _readme_kernels
 import _readme_proof
 import torch
 
@@ -21,6 +22,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "families": _readme_families.table,
     "proof": _readme_proof.section,
     "benchmarks": _readme_benchmarks.section,
+    "kernels": _readme_kernels.section,
 }
 
 
