@@ -10,7 +10,12 @@ DOSES = (0, 1, 3, 10, 30)
 
 
 def section() -> str:
-    return "\n\n".join([smollm2(result("proof_smollm2")), gemma(result("proof_gemma")), deit(result("proof_deit"))])
+    head = (
+        "Heads are found by what they attend to on some inputs and tested by masking them on others: attention is not causation, the "
+        "masking is the evidence. All figures are of these models and these inputs."
+    )
+    parts = [smollm2(result("proof_smollm2")), gemma(result("proof_gemma")), deit(result("proof_deit"))]
+    return "\n\n".join([head, *parts])
 
 
 def _recorded(content: dict[str, Any]) -> str:
@@ -112,8 +117,8 @@ def _what_came_out(zero: dict[str, Any], uniform: dict[str, Any]) -> str:
     return (
         f"What came out: with the retrieval-head paper's kind (`uniform`: only the choice of keys is removed) no set is worse than "
         f"the found one. One head, {alone[1][0]}, carries the copy: alone it costs {alone[1][1]} nats (`zero`: {alone[0][0]} "
-        f"{alone[0][1]}), and exact match is {uniform['exact match, sets with it']:.0%} in the {uniform['sets with it']} sets with it, "
-        f"{uniform['exact match, sets without it']:.0%} in the others."
+        f"{alone[0][1]}), and exact match is {uniform['exact match, sets with it']:.1%} in the {uniform['sets with it']} sets with it, "
+        f"{uniform['exact match, sets without it']:.1%} in the others."
     )
 
 
@@ -127,7 +132,9 @@ def _what_failed(rows: dict[str, dict[str, Any]], zero: dict[str, Any], uniform:
     ]
     return (
         f"What failed: with `zero` the found set is only number {zero['rank among sets with it']} of the {zero['sets with it']} with "
-        "that head, and the three other heads found hardly matter once it is there. Is the model broken? In the same scope, on "
+        f"that head: whole outputs of its neighbours matter more there than the three other heads found, with which the loss is "
+        f"{zero['change of log-probability']:.2f} nats ({zero['each head alone'].split(', ')[0]} alone). Is the model "
+        "broken? In the same scope, on "
         f"{closed['zero']['n']} closed-book answers (nothing to copy) the found set changes the answer's log-probability by "
         f"{' and '.join(parts)} nats. Zeroed at every row it does break the model: prose "
         f"{masked['prose loss'] - plain['prose loss']:+.2f} nats per token (other sets "
