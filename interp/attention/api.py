@@ -16,6 +16,7 @@ from interp.attention.edits import Edit
 from interp.attention.mask import Mask
 from interp.attention.readouts import Readings, Readout, pooled_edge
 from interp.attention.validation import validate
+from interp.attention.versions import versions
 
 NO_MASK, NO_EDIT, NO_READOUT = Mask(), Edit(), Readout()
 
@@ -139,7 +140,7 @@ def _first_of_kind(call: Call, backend: str, holds: tuple[Mask, Edit, Readout]) 
     n_queries, n_keys = call.q.shape[2], call.k.shape[2]
     if backend == "auto" and is_neutral(edit):
         edit = NO_EDIT
-    watched = kinds.versions(*holds)
+    watched = versions(*holds)
     memo: dict[str, Any] = {}
     call = replace(
         call, scale=float(call.scale), mask=mask.simplified(n_queries, n_keys), edit=edit, memo=memo,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from functools import reduce
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from interp.attention.edits import (
     Threshold,
 )
 from interp.attention.validation import AttentionArgumentError
+from interp.attention.versions import versions
 
 
 def is_neutral(edit: Edit | None) -> bool:
@@ -32,7 +34,18 @@ def is_neutral(edit: Edit | None) -> bool:
     block allowed, no row selected. An operation with a tensor to be differentiated is never neutral: its gradient is
     wanted. A window or neighbourhood that happens to hide nothing counts as an edit.
     """
-    return edit is None or all(_does_nothing(op) for op in edit.operations)
+    if edit is None:
+        return True
+    known = _neutral.get(edit)
+    if known is not None and known[1] == torch.is_grad_enabled() and all(t._version == v for t, v in known[2]):
+        return known[0]
+    found = all(_does_nothing(op) for op in edit.operations)
+    # The answer reads values, for which a GPU must be waited for: an edit that many layers share is asked about once.
+    _neutral[edit] = (found, torch.is_grad_enabled(), versions(*edit.operations))
+    return found
+
+
+_neutral: WeakKeyDictionary[Edit, tuple[bool, bool, list[tuple[Tensor, int]]]] = WeakKeyDictionary()
 
 
 def _does_nothing(op: Operation) -> bool:

@@ -8,8 +8,7 @@ in place is looked at again.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -76,20 +75,3 @@ def shape_of(tensor: Tensor | None) -> Any:
     if tensor is None:
         return None
     return (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
-
-
-def versions(*things: Any) -> list[tuple[Tensor, int]]:
-    """Tensors of dataclasses with their versions; one made in inference mode has none, and cannot be changed outside it."""
-    return [(tensor, tensor._version) for thing in things for tensor in tensors(thing) if not tensor.is_inference()]
-
-
-def tensors(thing: Any) -> Iterator[Tensor]:
-    """The tensors in a dataclass or tuple, however deep."""
-    if isinstance(thing, Tensor):
-        yield thing
-    elif isinstance(thing, tuple):
-        for part in thing:
-            yield from tensors(part)
-    elif is_dataclass(thing) and not isinstance(thing, type):
-        for f in fields(thing):
-            yield from tensors(getattr(thing, f.name))

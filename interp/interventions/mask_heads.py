@@ -107,10 +107,12 @@ class MaskHeads(Intervention):
         where = None if self.kind == "mean" else self._where(call)
         if where is None:
             return None
-        if self.kind == "zero":
-            return Edit((Gain(0.0, where),))
-        if self.kind == "uniform":
-            return Edit((Uniform(where),))
+        if self.kind in ("zero", "uniform"):
+            # One edit as long as the rows are the same: what is prepared for it is found again at the next token.
+            kept = call.run.of(self).setdefault("edits", {})
+            if kept.get(call.site.name, (None, None))[0] is not where:
+                kept[call.site.name] = (where, Edit((Gain(0.0, where) if self.kind == "zero" else Uniform(where),)))
+            return kept[call.site.name][1]
         # Radius 0 around a coordinate that only the first key shares: a sink window of one key would also leave the
         # keys after the query, which bidirectional attention sees. Uniform on that one key is 1, learned sink or not.
         keys = torch.arange(call.k.shape[2], device=call.q.device) + call.mask.kv_offset
@@ -130,7 +132,11 @@ class MaskHeads(Intervention):
         mine = heads_at(call, self._heads(call.run))
         if not mine or self.scope not in ("all", call.phase):
             return None
-        where = call.heads(mine)
+        kept = call.run.of(self).setdefault("where", {})
+        key = (call.site.name, call.site.n_heads, call.q.device)
+        if key not in kept:
+            kept[key] = call.heads(mine)
+        where = kept[key]
         if self.rows is None:
             return where
         end = (call.run.prompt_length or 0) if call.site.stack == "text" or call.site.cross else call.q.shape[2]

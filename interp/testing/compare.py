@@ -114,7 +114,7 @@ def errors_of_statistics(data: xr.Dataset) -> dict[str, float]:
     if "offset" in data:
         found["offset"] = float(np.abs(np.nan_to_num(data["offset"].values).sum(-1) - p.sum((-1, -2))).max())
     place = data["query"].values.tolist().index(int(data["row"].values[0]))
-    both = there[..., place]
+    both = np.asarray(there)[..., place]
     row = data["row_attention"].values[..., 0, :]
     parts = data["group_output"].values[..., 0, :, :].sum(-2)
     found["row_attention"] = float(np.abs(row - p[..., place, :])[both].max())

@@ -432,10 +432,12 @@ class Installation:
 
 
 def _scaled(z: Tensor, gain: Gain) -> Tensor:
-    value = gain.value if isinstance(gain.value, Tensor) else torch.tensor(float(gain.value), device=z.device)
-    if value.ndim == 3:
-        value = value.transpose(1, 2).unsqueeze(-1)
-    scaled = (z * value.to(z.device)).to(z.dtype)
+    value = gain.value
+    if isinstance(value, Tensor):
+        value = value.to(z.device)
+        value = value.transpose(1, 2).unsqueeze(-1) if value.ndim == 3 else value
+    # A number stays one: made a tensor, it would be copied to the device at every call.
+    scaled = (z * value).to(z.dtype)
     if gain.where is None:
         return scaled
     return torch.where(gain.where.to(z.device).transpose(1, 2).unsqueeze(-1), scaled, z)

@@ -29,6 +29,7 @@ from interp.attention.edits import Edit, Gain, SinkWindow, Temperature
 from interp.attention.mask import Mask
 from interp.attention.readouts import Readout
 from interp.attention.triton import tuned
+from interp.attention.versions import tensors
 
 Numbers = tuple[int, ...]
 WORTH = 0.98
@@ -161,7 +162,7 @@ def _same(given: Any, expected: Any) -> bool:
 
 
 def _floats(thing: Any) -> Iterator[Tensor]:
-    found = list(kinds.tensors(thing)) if not isinstance(thing, list) else [x for x in thing if isinstance(x, Tensor)]
+    found = list(tensors(thing)) if not isinstance(thing, list) else [x for x in thing if isinstance(x, Tensor)]
     yield from (x for x in found if x.is_floating_point())
 
 
