@@ -24,8 +24,10 @@ def section() -> str:
     )
     return "\n".join(
         [
-            f"Measured with `python tests/benchmarks/bench_kernels.py` and `bench_kernels_model.py` ({where(prefill)}; medians, side "
-            "by side in one run; the results files have all rows).",
+            (
+                f"Measured with `python tests/benchmarks/bench_kernels.py` and `bench_kernels_model.py` ({where(prefill)}; medians, side "
+                "by side in one run; the results files have all rows)."
+            ),
             "",
             "GPU time of one call as a multiple of SDPA's (which is cuDNN's kernel here):",
             "",
@@ -39,8 +41,10 @@ def section() -> str:
             "",
             *decode_table(decode["rows"]),
             "",
-            "A model of Llama-3-8B's shape, random weights; time of prefill with row statistics, column sums and pooled maps of all "
-            "1024 heads, and speed of generation, both against the plain model. Logits while reading equal the plain ones to the bit.",
+            (
+                "A model of Llama-3-8B's shape, random weights; time of prefill with row statistics, column sums and pooled maps of all "
+                "1024 heads, and speed of generation, both against the plain model. Logits while reading equal the plain ones to the bit."
+            ),
             "",
             *model_table(model["rows"]),
             "",
