@@ -76,17 +76,17 @@ def shuffled(pixels: torch.Tensor, patch: int, seed: int) -> torch.Tensor:
     return cells.permute(0, 1, 2, 4, 3, 5).reshape(n, channels, height, width)
 
 
-def masking(model: Any, inputs: Mapping[str, Any]) -> tuple[Floats, list[str]]:
+def masking(model: Any, inputs: Mapping[str, Any], layers: Sequence[int] | None = None) -> tuple[Floats, list[str]]:
     """Change of the prediction's log-probability ``[photograph, layer, head]`` in nats, and the predictions.
 
-    Each head is zeroed alone, in the class token's row of its layer.
+    Each head is zeroed alone, in the class token's row of its layer. ``layers`` limits it to some; NaN elsewhere.
     """
     n_layers, n_heads = interp.anatomy(model.module).shape("vision")
     with torch.no_grad():
         plain = model(inputs).logits.log_softmax(-1)
         picked = plain.argmax(-1, keepdim=True)
-        change = np.zeros((len(plain), n_layers, n_heads))
-        for layer, head in itertools.product(range(n_layers), range(n_heads)):
+        change = np.full((len(plain), n_layers, n_heads), np.nan)
+        for layer, head in itertools.product(range(n_layers) if layers is None else layers, range(n_heads)):
             mask = interp.MaskHeads(f"vision.L{layer}H{head}", kind="zero", rows=[CLASS_TOKEN])
             with interp.hooked(model, interventions=[mask]):
                 masked = model(inputs).logits.log_softmax(-1)
