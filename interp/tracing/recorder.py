@@ -57,14 +57,15 @@ class Recorder:
     def _is_generated(self, call: SiteCall, row: int) -> bool:
         return call.generated or (self._has_drafts(call) and call.mask.q_offset + row >= (self.run.prompt_length or 0))
 
-    def read(self, call: SiteCall, edit: Edit | None, backend: str, lse: Tensor | None = None) -> None:
+    def read(self, call: SiteCall, edit: Edit | None, backend: str, lse: Tensor | None = None) -> set[str]:
         """Take the readings of one call; raises before anything large is made where they would not fit.
 
+        Gives the backends that computed them, none where only z is kept.
         ``lse [B, H, Lq]`` is the call's log-sum-exp where the kernel that made its output gave it.
         """
-        heads = self.selection.of(call.site)
+        heads, backends = self.selection.of(call.site), set[str]()
         if heads is None:
-            return
+            return backends
         self._check(call, len(heads))
         sample = self._first_sample(call)
         batch, n_heads, n_queries, _ = call.q.shape
@@ -86,6 +87,7 @@ class Recorder:
                     edit=part, readout=readout, want_output=False, backend="auto" if backend == "sdpa" else backend,
                     lse=lse if whole else None,
                 ).readings  # fmt: skip
+                backends.add(str(readings.backend))
             piece = Piece(
                 layer=call.site.layer, heads=heads, n_heads=n_heads, sample=sample, batch=batch,
                 start=call.mask.q_offset + start, stop=call.mask.q_offset + stop, key_start=call.mask.kv_offset, n_keys=n_keys,
@@ -93,6 +95,7 @@ class Recorder:
                 offsets=readout.offset, pooled=readout.pooled, z=None, forward=self.run.forwards,
             )  # fmt: skip
             self.pieces.setdefault(call.site.stack, []).append(piece)
+        return backends
 
     def keep_z(self, call: SiteCall, z: Tensor) -> None:
         if not self.capture.z:

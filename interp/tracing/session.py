@@ -113,7 +113,11 @@ class Session:
         return found
 
     def report(self) -> dict[str, dict[str, int]]:
-        """Attention calls by site and backend; a site that was never called has an empty entry."""
+        """Attention calls by site and by what became of them; a site that was never called has an empty entry.
+
+        ``untouched`` and ``gain`` took the model's own function (with z scaled afterwards); ``edited by triton`` and ``read by
+        blockwise`` name the backend of the attention op that ``auto`` chose, or that was asked for.
+        """
         return {site.name: dict(self.used.get(site.name, {})) for site in self.anatomy.sites}
 
     def count(self, site: Site, backend: str) -> None:
@@ -377,8 +381,8 @@ class Installation:
         readers = [(s, r) for s, _, r in live if r is not None and r.wants(call)]
         z, second, lse = self._output(module, call, edit, attention_mask, options, live, bool(readers))
         for session, recorder in readers:
-            recorder.read(call, edit, session.backend, lse)
-            session.count(site, "read")
+            backends = recorder.read(call, edit, session.backend, lse)
+            session.count(site, "read" if not backends else f"read by {', '.join(sorted(backends))}")
         for session, run, _ in live:
             call.run = run
             for intervention in session.interventions:
@@ -427,7 +431,7 @@ class Installation:
             edit=edit, backend=backend,
         )  # fmt: skip
         for session, _, _ in live:
-            session.count(call.site, "edited")
+            session.count(call.site, f"edited by {out.readings.backend}")
         return cast(Tensor, out.output), None, None
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import interp
+from interp.attention import Edit, Temperature
 from interp.models.anatomy import AnatomyError
 from interp.testing import build
 from interp.tracing import CaptureError, CaptureTooLargeError, Intervention, SessionError
@@ -513,5 +514,9 @@ def test_report_tells_which_way_each_site_went(llama):
         llama.module(ids_of(llama))
         time.sleep(0)
     report = run.report()
-    assert report["model.layers.0.self_attn"] == {"untouched": 1, "read": 1}
+    assert report["model.layers.0.self_attn"] == {"untouched": 1, "read by blockwise": 1}
     assert report["model.layers.1.self_attn"] == {"untouched": 1}
+    edit = interp.Custom(before=lambda call: Edit((Temperature(2.0),)))
+    with torch.no_grad(), interp.hooked(llama.module, interventions=[edit], backend="reference") as run:
+        llama.module(ids_of(llama))
+    assert run.report()["model.layers.0.self_attn"] == {"edited by reference": 1}
