@@ -44,12 +44,14 @@ def test_a_wrong_reading_shows():
         block_sums(maps, (5, 1))
 
 
+SILENT = ("bert", "vit", "deit", "dinov2", "dinov2_registers", "dinov3", "clip", "siglip")
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("name", families())
+@pytest.mark.parametrize("name", [name for name in families() if name not in SILENT])
 def test_generation_is_bit_equal_while_tracing(name, cache):
     specimen = build(name)
-    if not specimen.generates:
-        pytest.skip(f"{name} does not generate")
+    assert specimen.generates
 
     def generate():
         result = specimen.module.generate(
