@@ -26,52 +26,12 @@ from interp.attention.triton.tiles import (
     by_group,
     capped,
     dropped,
+    finished,
+    in_groups,
     near,
     product,
     product_add,
 )
-
-
-@triton.jit
-def finished(top, total, sink, uniform, SINKS: tl.constexpr, UNIFORM: tl.constexpr):
-    """The end of a running softmax: rows that saw something, their log2-sum-exp2, and ``exp2(top - lse2)``.
-
-    The last turns sums relative to the largest score into sums of probabilities.
-    """
-    alive = top > DEAD
-    top = tl.where(alive, top, 0.0)
-    lse2 = tl.where(alive, top + tl.log2(tl.where(alive, total, 1.0)), float("-inf"))
-    if SINKS:
-        higher = tl.maximum(lse2, sink)
-        with_sink = higher + tl.log2(tl.exp2(lse2 - higher) + tl.exp2(sink - higher))
-        if UNIFORM:
-            with_sink = tl.where(uniform, lse2, with_sink)
-        lse2 = with_sink
-    return alive, top, lse2, tl.where(alive, tl.exp2(top - lse2), 0.0)
-
-
-@triton.jit
-def in_groups(GROUPS: tl.constexpr, m0, m1, m2, m3, m4, m5, m6, m7):
-    """The mass of a set of groups, given as bits."""
-    found = m0 * 0.0
-    if GROUPS & 1:
-        found += m0
-    if GROUPS & 2:
-        found += m1
-    if GROUPS & 4:
-        found += m2
-    if GROUPS & 8:
-        found += m3
-    if GROUPS & 16:
-        found += m4
-    if GROUPS & 32:
-        found += m5
-    if GROUPS & 64:
-        found += m6
-    if GROUPS & 128:
-        found += m7
-    return found
-
 
 RUNNING_INTS = [
     "n_queries", "n_keys", "n_rows", "delta", "q_offset", "kv_offset", "left", "right", "blocks_size",
