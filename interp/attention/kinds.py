@@ -16,6 +16,7 @@ from torch import Tensor
 from interp.attention.backends import Backend
 from interp.attention.edits import Edit
 from interp.attention.mask import Mask
+from interp.attention.versions import tensors
 
 KEPT = 64
 """Kinds remembered; a forward of a large vision-language model makes about ten."""
@@ -53,7 +54,14 @@ def known(key: tuple[Any, ...]) -> Kind | None:
     return kind if kind is not None and kind.current else None
 
 
+KEPT_BYTES = 4 << 20
+"""A kind whose mask, edit and readout hold more than this is not kept: a dense mask of every layer would fill the memory."""
+
+
 def remember(key: tuple[Any, ...], kind: Kind) -> None:
+    """Keep a kind, unless its tensors are large."""
+    if sum(x.numel() * x.element_size() for thing in kind.holds for x in tensors(thing)) > KEPT_BYTES:
+        return
     _kinds[key] = kind
     while len(_kinds) > KEPT:
         _kinds.popitem(last=False)

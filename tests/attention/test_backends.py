@@ -189,3 +189,19 @@ def test_gradients_keep_no_map() -> None:
     kept, got = differentiate("blockwise")
     assert kept <= q.numel()
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_large_masks_are_not_kept_with_their_kind() -> None:
+    from interp.attention import kinds
+
+    def kept(mask: Mask) -> bool:
+        attend(**operands(64, 64), mask=mask)
+        return any(kind.holds[0] is mask for kind in kinds._kinds.values())
+
+    assert kept(Mask(dense=torch.ones(1, 1, 64, 64, dtype=torch.bool)))
+    before = kinds.KEPT_BYTES
+    try:
+        kinds.KEPT_BYTES = 64 * 64 - 1
+        assert not kept(Mask(dense=torch.ones(1, 1, 64, 64, dtype=torch.bool)))
+    finally:
+        kinds.KEPT_BYTES = before
