@@ -224,7 +224,7 @@ class Recorder:
                 self._codes("", lay.kind, 0 if call.site.cross else sample, batch, first, count, 0) < 0
             )
         elif call.mask.padding is not None and not call.site.cross:
-            slots = torch.arange(first, first + count, device=call.q.device) - call.mask.kv_offset
+            slots = torch.arange(first, first + count, device=call.mask.padding.device) - call.mask.kv_offset
             pads = ~call.mask.padding[:, slots].expand(batch, -1)
         out = torch.full((batch, count), group, dtype=torch.int8, device=call.q.device)
         return out if pads is None else out.masked_fill(pads.to(out.device), -1)

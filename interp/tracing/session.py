@@ -416,7 +416,9 @@ class Installation:
             if read and call.q.is_cuda:
                 with dispatch.SeenLse() as seen:
                     z, second = dispatch.call_original(module, call.q, call.k, call.v, mask, **options)
-                lse = seen.lse
+                # What the model drops there (a softcap, sink logits, a bias) the readings have: then it is another softmax's.
+                plain = call.softcap is None and call.sinks is None and call.bias is None
+                lse = seen.lse if plain and call.mask.dense is None and call.mask.rule is None else None
             else:
                 z, second = dispatch.call_original(module, call.q, call.k, call.v, mask, **options)
             for gain in gains:

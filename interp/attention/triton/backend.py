@@ -21,6 +21,7 @@ from interp.attention.edits import (
     Blocks,
     Boost,
     DropKeys,
+    Gain,
     GivenRows,
     GroupWeights,
     Neighbourhood,
@@ -118,6 +119,9 @@ class Plan:
             move, groups = weighting[0], self.shared.edit_groups
             wanted = Wanted(output=True, move=move, groups=groups, n_groups=call.edit.key_groups)
             return self.walk("moved", x, lambda: wanted)["z"], readings
+        if call.lse is not None and len(call.edit.of(Gain)) < len(call.edit.operations):
+            # It is that of the unedited softmax.
+            call = replace(call, lse=None)
         if weighting or final or (asked.row_stats and call.lse is not None):
             return self._with_final(call, x, readings), readings
         apart = asked.heads is not None or not asked.row_stats

@@ -51,7 +51,7 @@ def sum_parts_kernel(
                 lo = tl.maximum(lo, tl.load(first_ptr + b * first_b) - kv_offset)
             lo = lo // BN * BN
             written = written & (tile_start[None, :] >= lo[:, None]) & (tile_start[None, :] < hi[:, None])
-            if N_QUERY_GROUPS > 1:
+            if (N_QUERY_GROUPS > 1) | QUERY_GROUPS:
                 row = (part[:, None] + first_block) * BM + tl.arange(0, BM)[None, :]
                 row_ok = row < n_queries
                 if QUERY_GROUPS:

@@ -108,12 +108,17 @@ class SumBlocks:
         return {"pooled": pool.contiguous().unflatten(0, self.leading)}
 
 
+def _version(groups: Tensor) -> Any:
+    """What changes when the tensor does; one made in inference mode counts no changes, so nothing kept for it is found again."""
+    return object() if groups.is_inference() else groups._version
+
+
 def block_table(groups: Tensor | None, bn: int, nothing: Tensor) -> Arguments:
     """Which blocks of keys are of one group; kept on the groups tensor, which many layers share."""
     if groups is None:
         return {"table_ptr": nothing, "table_b": 0}
     kept: dict[Any, Tensor] = vars(groups).setdefault("_interp_block_groups", {})
-    key = (bn, groups._version)
+    key = (bn, _version(groups))
     if key not in kept:
         batch, n_keys = groups.shape
         table = torch.empty((batch, 2 * -(-n_keys // bn) + 1), dtype=torch.int16, device=groups.device)
@@ -131,7 +136,7 @@ def moved_tiles(groups: Tensor, touched: int, bn: int, nothing: Tensor) -> Tenso
     """
     table = block_table(groups, bn, nothing)["table_ptr"]
     kept: dict[Any, Tensor] = vars(groups)["_interp_block_groups"]
-    key = (bn, groups._version, touched)
+    key = (bn, _version(groups), touched)
     if key not in kept:
         n_tiles = table.shape[1] // 2
         only = table[:, :n_tiles].int()

@@ -98,7 +98,12 @@ def tables(call: Call, upcast: bool) -> Tables:
     nothing = placeholder(device)
     standin = {name: torch.empty_like(x, device="meta") for name, x in (("q", q), ("k", k), ("v", v))}
     bias = None if call.bias is None else row_major(call.bias)
-    out = Tables(replace(call, **standin, bias=None if bias is None else torch.empty_like(bias, device="meta")), device)
+    out = Tables(
+        replace(
+            call, **standin, memo=None, lse=None, bias=None if bias is None else torch.empty_like(bias, device="meta")
+        ),
+        device,
+    )
     left, right = mask.window or (None, None)
     scale = call.scale
     divisor: Tensor | None = None
