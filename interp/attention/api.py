@@ -114,7 +114,7 @@ def attend(
         sinks=sinks,
         bias=bias,
         edit=edit if kind is None else kind.edit,
-        readout=readout,
+        readout=readout if kind is None else kind.readout,
         want_output=want_output,
         pooled_edge=0 if kind is None else kind.pooled_edge,
         lse=lse,
@@ -142,10 +142,15 @@ def _first_of_kind(call: Call, backend: str, holds: tuple[Mask, Edit, Readout]) 
         edit = NO_EDIT
     watched = versions(*holds)
     memo: dict[str, Any] = {}
+    # Kernels walk index tensors from end to end.
+    names = ("heads", "groups", "query_groups", "rows", "group_output")
+    given = {name: getattr(readout, name) for name in names}
+    loose = {name: x.contiguous() for name, x in given.items() if isinstance(x, Tensor) and not x.is_contiguous()}
+    readout = replace(readout, **loose) if loose else readout
     call = replace(
-        call, scale=float(call.scale), mask=mask.simplified(n_queries, n_keys), edit=edit, memo=memo,
+        call, readout=readout, scale=float(call.scale), mask=mask.simplified(n_queries, n_keys), edit=edit, memo=memo,
         pooled_edge=pooled_edge(n_queries, n_keys, readout.pooled) if readout.pooled else 0,
     )  # fmt: skip
     name, chosen = choose(backend, call)
-    kind = kinds.Kind(holds, call.mask, edit, call.pooled_edge, name, chosen, watched, memo)
+    kind = kinds.Kind(holds, call.mask, edit, call.pooled_edge, name, chosen, watched, readout, memo)
     return call, kind

@@ -16,6 +16,7 @@ from torch import Tensor
 from interp.attention.backends import Backend
 from interp.attention.edits import Edit
 from interp.attention.mask import Mask
+from interp.attention.readouts import Readout
 from interp.attention.versions import tensors
 
 KEPT = 64
@@ -38,6 +39,7 @@ class Kind:
     backend_name: str
     backend: Backend
     versions: list[tuple[Tensor, int]]
+    readout: Readout
     memo: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @property
