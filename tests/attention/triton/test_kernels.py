@@ -13,7 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from interp.attention import AttentionArgumentError, BackendUnavailable, GivenRows, attend
+from interp.attention import (
+    AttentionArgumentError,
+    BackendUnavailable,
+    Edit,
+    GivenRows,
+    Readout,
+    Temperature,
+    attend,
+)
 from interp.testing.attention_cases import EDITS, MASKS, SCORES, Case, Maker, moved
 from interp.testing.budget import assert_within_error_budget
 
@@ -151,3 +159,34 @@ def test_a_log_sum_exp_given_must_fit() -> None:
     case = make(6, "causal", ("none",), ("plain",), torch.float32)
     with pytest.raises(AttentionArgumentError, match="lse: must be contiguous float32"):
         attend(**case, lse=torch.zeros(1, 2, 3), backend="triton")
+
+
+def test_strided_index_tensors_and_blocks_of_rows_that_do_not_count() -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 4, 300, 16, device=DEVICE), torch.randn(1, 2, 300, 16, device=DEVICE)
+    groups = torch.randint(0, 3, (1, 600), device=DEVICE).to(torch.int8)[:, ::2]
+    rows_count = torch.zeros(1, 600, dtype=torch.int8, device=DEVICE)[:, ::2]
+    rows_count[:, :200] = -1  # whole blocks of rows, whatever the tile
+    readout = Readout(
+        row_stats=True, groups=groups, n_groups=3, received=True, query_groups=rows_count,
+        heads=torch.arange(4, device=DEVICE)[::3], rows=torch.arange(300, device=DEVICE)[::97],
+    )  # fmt: skip
+    got = attend(q, k, k, scale=0.2, readout=readout, backend="triton").readings
+    wanted = attend(q.double(), k.double(), k.double(), scale=0.2, readout=readout, backend="reference").readings
+    for name, value in wanted.tensors().items():
+        close(getattr(got, name), value.double(), 1e-4, 1e-5, name)
+
+
+def test_a_log_sum_exp_of_the_unedited_softmax_is_no_answer_for_an_edited_one() -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 2, 24, 16, device=DEVICE), torch.randn(1, 2, 24, 16, device=DEVICE)
+    plain = attend(q, k, k, scale=0.5, readout=Readout(row_stats=True), backend="triton").readings.lse
+    assert plain is not None
+    edit, readout = Edit((Temperature(2.0),)), Readout(row_stats=True, received=True)
+    got = attend(
+        q, k, k, scale=0.5, edit=edit, readout=readout, lse=plain, want_output=False, backend="triton"
+    ).readings
+    wanted = attend(q, k, k, scale=0.5, edit=edit, readout=readout, backend="reference").readings
+    assert got.received is not None
+    assert wanted.received is not None
+    close(got.received, wanted.received.double(), 1e-5, 1e-5, "received")
