@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from probes.samples import ProbeError, Sample, config_of, special_ids, tokenizer_of
 
@@ -55,6 +55,9 @@ class RepeatedTokens:
         vocabulary: ids to draw from; None is the tokenizer's ordinary vocabulary. A model without a tokenizer needs it.
         bos: put the model's BOS token, if it has one, before the first copy.
     """
+
+    paper: ClassVar[str] = "Olsson et al. 2022, https://arxiv.org/abs/2209.11895"
+    needs: ClassVar[tuple[str, ...]] = ("tokenizer",)
 
     n: int = 8
     length: int = 48

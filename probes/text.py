@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from probes.samples import ProbeError, Sample, encode, tokenizer_of
 
@@ -80,6 +80,8 @@ class Passages:
         seed: of the order of paragraphs.
     """
 
+    needs: ClassVar[tuple[str, ...]] = ("tokenizer",)
+
     n: int = 16
     length: int | None = None
     seed: int = 0
@@ -129,6 +131,9 @@ class ClosedBook:
     Args:
         chat: put the question in the model's chat template (needs an :class:`interp.Model`).
     """
+
+    needs: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    max_new_tokens: ClassVar[int] = 16
 
     chat: bool = False
 
