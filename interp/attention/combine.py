@@ -24,7 +24,7 @@ from interp.attention.edits import (
     Threshold,
 )
 from interp.attention.validation import AttentionArgumentError
-from interp.attention.versions import versions
+from interp.attention.versions import Seen, unchanged, versions
 
 
 def is_neutral(edit: Edit | None) -> bool:
@@ -37,7 +37,7 @@ def is_neutral(edit: Edit | None) -> bool:
     if edit is None:
         return True
     known = _neutral.get(edit)
-    if known is not None and known[1] == torch.is_grad_enabled() and all(t._version == v for t, v in known[2]):
+    if known is not None and known[1] == torch.is_grad_enabled() and unchanged(known[2]):
         return known[0]
     found = all(_does_nothing(op) for op in edit.operations)
     # The answer reads values, for which a GPU must be waited for: an edit that many layers share is asked about once.
@@ -45,7 +45,7 @@ def is_neutral(edit: Edit | None) -> bool:
     return found
 
 
-_neutral: WeakKeyDictionary[Edit, tuple[bool, bool, list[tuple[Tensor, int]]]] = WeakKeyDictionary()
+_neutral: WeakKeyDictionary[Edit, tuple[bool, bool, Seen]] = WeakKeyDictionary()
 
 
 def _does_nothing(op: Operation) -> bool:

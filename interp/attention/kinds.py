@@ -7,6 +7,7 @@ in place is looked at again.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from interp.attention.backends import Backend
 from interp.attention.edits import Edit
 from interp.attention.mask import Mask
 from interp.attention.readouts import Readout
-from interp.attention.versions import tensors
+from interp.attention.versions import Seen, tensors, unchanged
 
 KEPT = 64
 """Kinds remembered; a forward of a large vision-language model makes about ten."""
@@ -29,7 +30,7 @@ class Kind:
 
     Attributes:
         holds: the objects whose identity is part of the key: while they are held, no other object has their address.
-        versions: tensors inside them, with the version they were checked at.
+        versions: tensors inside them, as they were when they were checked.
     """
 
     holds: tuple[Any, ...]
@@ -38,16 +39,18 @@ class Kind:
     pooled_edge: int
     backend_name: str
     backend: Backend
-    versions: list[tuple[Tensor, int]]
+    versions: Seen
     readout: Readout
     memo: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def current(self) -> bool:
-        return all(tensor._version == version for tensor, version in self.versions)
+        return unchanged(self.versions)
 
 
 _kinds: OrderedDict[tuple[Any, ...], Kind] = OrderedDict()
+_lock = threading.Lock()
+"""Held while kinds are added or let go; looking one up is a single step of the interpreter."""
 
 
 def known(key: tuple[Any, ...]) -> Kind | None:
@@ -64,20 +67,25 @@ def remember(key: tuple[Any, ...], kind: Kind) -> None:
     """Keep a kind, unless its tensors are large."""
     if sum(x.numel() * x.element_size() for thing in kind.holds for x in tensors(thing)) > KEPT_BYTES:
         return
-    _kinds[key] = kind
-    while len(_kinds) > KEPT:
-        _kinds.popitem(last=False)
+    with _lock:
+        _kinds[key] = kind
+        while len(_kinds) > KEPT:
+            _kinds.popitem(last=False)
 
 
 def forget(*holds: Any) -> None:
     """Let go of the kinds with these objects, which nobody will name again."""
-    for key in [key for key, kind in _kinds.items() if any(held is thing for held in kind.holds for thing in holds)]:
-        del _kinds[key]
+    with _lock:
+        for key in [
+            key for key, kind in _kinds.items() if any(held is thing for held in kind.holds for thing in holds)
+        ]:
+            del _kinds[key]
 
 
 def clear() -> None:
     """Let go of all kinds: each is prepared anew when it next comes."""
-    _kinds.clear()
+    with _lock:
+        _kinds.clear()
 
 
 def shape_of(tensor: Tensor | None) -> Any:

@@ -10,6 +10,7 @@ the compiled code, so a gain or temperature that varies should be a tensor.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -155,6 +156,7 @@ class Whole:
 
 _kept: OrderedDict[tuple[Any, ...], dict[str, Any]] = OrderedDict()
 """Arguments of calls but for the operands; a tensor in them is held, so that its address stands for it alone."""
+_lock = threading.Lock()
 
 
 def unflatten(tensors: Sequence[Tensor], numbers: Sequence[float], sizes: Sequence[int], description: str) -> Whole:
@@ -196,16 +198,19 @@ def _recalled(
     present = [word == "t" for word in description.split(" ", 4)[1:4]]
     first = OPERANDS + sum(present)
     key = (description, *numbers, *sizes, *map(id, tensors[first:]))
-    kept = _kept.get(key)
+    with _lock:
+        kept = _kept.get(key)
+        if kept is not None:
+            _kept.move_to_end(key)
     if kept is None:
         whole = unflatten(tensors, numbers, sizes, description)
         if sum(tensor.nbytes for tensor in tensors[first:]) > KEPT_BYTES:
             return whole, False
-        _kept[key] = {name: thing for name, thing in whole.rest.items() if name not in PASSED}
-        while len(_kept) > KEPT:
-            _kept.popitem(last=False)
+        with _lock:
+            _kept[key] = {name: thing for name, thing in whole.rest.items() if name not in PASSED}
+            while len(_kept) > KEPT:
+                _kept.popitem(last=False)
         return whole, True
-    _kept.move_to_end(key)
     passed = iter(tensors[OPERANDS:first])
     rest = {name: next(passed) if there else None for name, there in zip(PASSED, present, strict=True)}
     q, k, v = tensors[:OPERANDS]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from interp.attention.edits import MAX_GROUPS
 from interp.attention.triton import columns
 from interp.attention.triton.configs import Config
 from interp.attention.triton.launching import Arguments, Launch
@@ -56,10 +57,10 @@ class SumParts:
         self.blocks = SumBlocks(edge, chunk * config.bm, wide, a["n_queries"], n_keys, (batch, heads)) if edge else None
         fixed = {name: a[name] for name in (*names, *flags)}
         fixed.update(
-            groups_b=a["query_groups_b"], n_heads=heads, n_chunks=self.n_chunks, BM=config.bm, BN=config.bn, BK=wide,
+            groups_b=a["query_groups_b"], n_heads=heads, n_chunks=self.n_chunks, n_cols=self.n_cols, BM=config.bm, BN=config.bn, BK=wide,
             PARTS=chunk, ZEROED=bool(zeroed), N_QUERY_GROUPS=n_groups, BLOCKS=edge > 0, RECEIVED=received,
         )  # fmt: skip
-        grid = (-(-n_keys // wide), batch * heads * n_groups)
+        grid = (self.n_cols * batch * heads * n_groups,)
         self.launches = [
             Launch(
                 columns.sum_parts_kernel,
@@ -108,24 +109,41 @@ class SumBlocks:
         return {"pooled": pool.contiguous().unflatten(0, self.leading)}
 
 
-def _version(groups: Tensor) -> Any:
-    """What changes when the tensor does; one made in inference mode counts no changes, so nothing kept for it is found again."""
-    return object() if groups.is_inference() else groups._version
+def _kept(groups: Tensor) -> dict[Any, Tensor]:
+    """What is kept on a groups tensor, which many layers share; one made in inference mode does not tell when it changes."""
+    if groups.is_inference():
+        return {}
+    kept = vars(groups).get("_interp_tables")
+    if kept is None or kept[0] != groups._version:
+        kept = vars(groups)["_interp_tables"] = (groups._version, {})
+    return kept[1]
 
 
 def block_table(groups: Tensor | None, bn: int, nothing: Tensor) -> Arguments:
-    """Which blocks of keys are of one group; kept on the groups tensor, which many layers share."""
+    """Which blocks of ``bn`` keys are of one group, int32 ``[B|1, 2 n + 1]`` for n blocks.
+
+    First the group of each block, -2 where it holds several. Then the group with most blocks of its own, the "rest". Then for
+    each block how many from it on are of the rest, or minus how many are not.
+    """
     if groups is None:
         return {"table_ptr": nothing, "table_b": 0}
-    kept: dict[Any, Tensor] = vars(groups).setdefault("_interp_block_groups", {})
-    key = (bn, _version(groups))
-    if key not in kept:
-        batch, n_keys = groups.shape
-        table = torch.empty((batch, 2 * -(-n_keys // bn) + 1), dtype=torch.int16, device=groups.device)
-        fixed: Arguments = {"groups_b": groups.stride(0), "n_keys": n_keys, "BN": bn}
-        Launch(columns.block_groups_kernel, (batch,), fixed)({"groups_ptr": groups, "out_ptr": table})
-        kept[key] = table
-    table = kept[key]
+    kept = _kept(groups)
+    if bn not in kept:
+        short = -groups.shape[1] % bn
+        blocks = torch.cat([groups, groups[:, -1:].expand(-1, short)], 1) if short else groups
+        blocks = blocks.unflatten(1, (-1, bn))
+        lowest, highest = blocks.amin(2).int(), blocks.amax(2).int()
+        only = torch.where(lowest == highest, lowest, -2)
+        numbers = torch.arange(MAX_GROUPS, device=groups.device, dtype=torch.int32)
+        count = (only.unsqueeze(-1) == numbers).sum(1)
+        rest = torch.where(count == count.amax(1, keepdim=True), numbers, MAX_GROUPS).amin(1, keepdim=True).int()
+        of_rest = only == rest
+        number = torch.arange(only.shape[1], device=groups.device)
+        last = torch.nn.functional.pad(of_rest[:, 1:] != of_rest[:, :-1], (0, 1), value=True)
+        end = torch.where(last, number, only.shape[1]).flip(1).cummin(1).values.flip(1)
+        run = (end - number + 1).int()
+        kept[bn] = torch.cat([only, rest, torch.where(of_rest, run, -run)], 1).contiguous()
+    table = kept[bn]
     return {"table_ptr": table, "table_b": strides(table, 1)[0]}
 
 
@@ -134,13 +152,12 @@ def moved_tiles(groups: Tensor, touched: int, bn: int, nothing: Tensor) -> Tenso
 
     First how many of them lie before tile 0, 1, ... n, then their numbers. Kept on the groups tensor.
     """
-    table = block_table(groups, bn, nothing)["table_ptr"]
-    kept: dict[Any, Tensor] = vars(groups)["_interp_block_groups"]
-    key = (bn, _version(groups), touched)
+    kept, key = _kept(groups), (bn, touched)
     if key not in kept:
+        table: Tensor = block_table(groups, bn, nothing)["table_ptr"]
         n_tiles = table.shape[1] // 2
-        only = table[:, :n_tiles].int()
-        inside = (only < 0) | ((touched >> only.clamp_min(0)) & 1).bool()
+        only = table[:, :n_tiles]
+        inside = (only == -2) | ((only >= 0) & ((touched >> only.clamp_min(0)) & 1).bool())
         before = torch.nn.functional.pad(inside.int().cumsum(1, dtype=torch.int32), (1, 0))
         number = torch.arange(n_tiles, device=groups.device, dtype=torch.int32)
         order = torch.where(inside, number, n_tiles).sort(1).values

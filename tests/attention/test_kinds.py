@@ -1,0 +1,116 @@
+"""What calls of one kind share: noticed when a tensor changes, let go of when nobody needs it, safe between threads."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from interp.attention import Edit, Gain, Mask, Readout, attend, is_neutral, kinds
+from interp.attention.versions import unchanged, versions
+
+
+@pytest.fixture(autouse=True)
+def nothing_known() -> Iterator[None]:
+    kinds.clear()
+    yield
+    kinds.clear()
+
+
+def operands(n: int = 6) -> dict[str, Any]:
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, n, 8, generator=random) for _ in range(3))
+    return {"q": q, "k": k, "v": v, "scale": 0.3}
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["", "inference mode"])
+@pytest.mark.parametrize("backend", ["auto", "blockwise"])
+def test_an_edit_changed_in_place_is_noticed(inference: bool, backend: str) -> None:
+    with torch.inference_mode(inference), torch.no_grad():
+        gain = torch.ones(1, 2, 1)
+        edit, given = Edit((Gain(gain),)), operands()
+        plain = attend(**given, edit=edit, backend=backend).output
+        assert plain is not None
+        gain.fill_(2.0)
+        torch.testing.assert_close(attend(**given, edit=edit, backend=backend).output, 2 * plain)
+        gain.fill_(3.0)
+        torch.testing.assert_close(attend(**given, edit=edit, backend=backend).output, 3 * plain)
+        gain.fill_(1.0)
+        torch.testing.assert_close(attend(**given, edit=edit, backend=backend).output, plain)
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["", "inference mode"])
+def test_whether_an_edit_is_neutral_is_asked_anew_when_it_changes(inference: bool) -> None:
+    with torch.inference_mode(inference):
+        gain = torch.ones(1, 2, 1)
+        edit = Edit((Gain(gain),))
+        assert is_neutral(edit)
+        gain[0, 1] = 0.5
+        assert not is_neutral(edit)
+        gain[0, 1] = 1.0
+        assert is_neutral(edit)
+
+
+def test_groups_changed_in_inference_mode_are_noticed() -> None:
+    with torch.inference_mode():
+        groups = torch.zeros(1, 6, dtype=torch.int8)
+        readout, given = Readout(row_stats=True, groups=groups, n_groups=2), operands()
+        first = attend(**given, readout=readout).readings.mass
+        groups[:] = 1
+        second = attend(**given, readout=readout).readings.mass
+    assert first is not None
+    assert second is not None
+    assert torch.equal(first.flip(-1), second)
+    assert not torch.equal(first, second)
+
+
+def test_what_was_seen_of_tensors() -> None:
+    plain = torch.zeros(2)
+    with torch.inference_mode():
+        odd = torch.zeros(2)
+        seen = versions(Edit((Gain(odd[None, :, None]),)), (plain, odd))
+        assert len(seen) == 3
+        assert unchanged(seen)
+        odd[0] = 1
+        assert not unchanged(seen)
+        odd[0] = 0
+        assert unchanged(seen)
+    plain += 1
+    assert not unchanged(seen)
+    assert unchanged(versions((torch.empty(2, device="meta"),)))
+
+
+def test_a_kind_holds_no_operand() -> None:
+    given = operands()
+    readout = Readout(row_stats=True, received=True)
+    attend(**given, readout=readout, mask=Mask(causal=True))
+    seen = [weakref.ref(given[name]) for name in "qkv"]
+    del given
+    gc.collect()
+    assert len(kinds._kinds) == 1
+    assert [ref() for ref in seen] == [None, None, None]
+
+
+def test_kinds_come_and_go_in_many_threads() -> None:
+    given = operands()
+    wanted = attend(**given, mask=Mask(causal=True), backend="blockwise").output
+
+    def work(number: int) -> bool:
+        equal = True
+        for n in range(60):
+            mask = Mask(causal=True)
+            equal &= torch.equal(attend(**given, mask=mask, backend="blockwise").output, wanted)  # pyright: ignore[reportArgumentType]
+            if n % 3 == number % 3:
+                kinds.forget(mask)
+            if n % 20 == number:
+                kinds.clear()
+        return equal
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
+    assert len(kinds._kinds) <= kinds.KEPT
