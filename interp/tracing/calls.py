@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,13 @@ from torch import Tensor, nn
 from interp.attention import Edit, Mask
 from interp.models.anatomy import Anatomy, Site
 from interp.models.layout import Layout, layout
+
+
+class InterventionError(ValueError):
+    """A policy that cannot act: on this model, on these inputs, or beside another one. Raised before the first token."""
+
+
+_kept: WeakKeyDictionary[Any, dict[int, tuple[Any, dict[str, Any]]]] = WeakKeyDictionary()
 
 
 @dataclass(eq=False)
@@ -31,6 +39,11 @@ class RunState:
         forwards: number of forwards so far, the current one included.
         state: a dictionary for each intervention, new for every run.
         touched: by site, whether any intervention of the session may act there.
+        root: the session's model, which holds ``module``.
+        cache: the KV cache of the current forward, None where none was given.
+        given_prompt_length: the prompt ends there and what follows is a given answer (see ``Session.prompt_length``).
+        extra_forwards: forwards of their own that interventions made for this run.
+        at_end: called when the run ends, also by an exception.
     """
 
     module: nn.Module
@@ -44,10 +57,47 @@ class RunState:
     layout_problem: str = ""
     state: dict[int, dict[str, Any]] = field(default_factory=dict[int, dict[str, Any]])
     touched: dict[str, bool] = field(default_factory=dict[str, bool])
+    root: nn.Module | None = None
+    cache: Any = None
+    given_prompt_length: int | None = None
+    extra_forwards: int = 0
+    at_end: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
 
     def of(self, intervention: Any) -> dict[str, Any]:
         """The dictionary of one intervention, for what it fixes at prefill and reuses in decode."""
         return self.state.setdefault(id(intervention), {})
+
+    def earlier(self, intervention: Any) -> dict[str, Any]:
+        """What the intervention kept in the last run that filled this run's KV cache (an earlier turn, the prompt before an
+        answer); empty where the cache is new, or was filled outside the session."""
+        return self._kept().get(id(intervention), (None, {}))[1]
+
+    @property
+    def cached_length(self) -> int:
+        """Positions in the run's KV cache."""
+        length: Any = getattr(self.cache, "get_seq_length", None)
+        return int(length()) if length is not None else 0
+
+    def _kept(self) -> dict[int, tuple[Any, dict[str, Any]]]:
+        try:
+            return _kept.get(self.cache, {}) if self.cached_length else {}
+        except TypeError:  # a cache of plain tuples takes no weak reference
+            return {}
+
+    def keep(self, interventions: Sequence[Any], cache: Any = None) -> None:
+        """Remember the interventions' dictionaries for as long as the KV cache lives, for the next run on it."""
+        cache = self.cache if cache is None else cache
+        held = {id(i): (i, self.state[id(i)]) for i in interventions if self.state.get(id(i))}
+        try:
+            if cache is not None and held:
+                _kept.setdefault(cache, {}).update(held)
+        except TypeError:
+            pass
+
+    def close(self) -> None:
+        """The run has ended: undo what interventions set up for it."""
+        while self.at_end:
+            self.at_end.pop()()
 
     @cached_property
     def layouts(self) -> Mapping[str, Layout]:
@@ -71,6 +121,7 @@ class SiteCall:
         mask: visibility, with absolute offsets.
         scale, softcap, sinks, bias: as the model passed them (see :func:`interp.attention.attend`).
         generated: the rows come after the prompt (one new position at a time, or drafts of assisted decoding).
+        edits: what interventions before this one in the order gave for this call.
     """
 
     site: Site
@@ -84,6 +135,7 @@ class SiteCall:
     sinks: Tensor | None
     bias: Tensor | None
     generated: bool
+    edits: list[Edit | None] = field(default_factory=list[Edit | None])
 
     @property
     def phase(self) -> str:
@@ -105,10 +157,26 @@ class Intervention:
 
     The order in a call: ``before`` of every intervention (in the order of sessions and lists), the attention with all their
     edits, then ``after`` of every intervention.
+
+    ``off`` are settings of the constructor with which it changes nothing: no edit, and the plain model's tokens on every
+    model, also on those that it could not act on.
     """
 
+    off: ClassVar[Mapping[str, Any]] = {}
+    extra_passes: ClassVar[str] = "none"
+
     def start(self, run: RunState) -> None:
-        """Called once when a top-level forward or generate begins."""
+        """Called once when a top-level forward or generate begins; its inputs are known.
+
+        What must be undone when the run ends goes into ``run.at_end``.
+
+        Raises:
+            InterventionError: it cannot act on this model or these inputs.
+        """
+
+    def logits_processors(self, run: RunState) -> list[Any]:
+        """Processors that ``generate`` applies to the scores, after those of its caller; asked for after ``start``."""
+        return []
 
     def prepare(self, anatomy: Anatomy) -> None:
         """Called when a session opens: check heads and scopes against the model, and raise early."""

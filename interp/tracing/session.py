@@ -41,6 +41,11 @@ class Session:
     """An open (or closed) ``interp.hooked``: traces of what ran, and a report of what it used.
 
     :attr:`traces` has one :class:`~interp.tracing.trace.Trace` for each top-level forward or generate.
+
+    Attributes:
+        extra_forwards: forwards that interventions made of their own, so far.
+        prompt_length: set it to have forwards of a prompt with its answer (teacher forcing) treat the first so many
+            positions, pads included, as the prompt and what follows as generated; None takes all for the prompt.
     """
 
     def __init__(
@@ -62,6 +67,8 @@ class Session:
         self._pending: Callable[[], Trace] | None = None
         self.used: dict[str, dict[str, int]] = {}
         self.runs: dict[int, tuple[RunState, Recorder | None]] = {}
+        self.extra_forwards = 0
+        self.prompt_length: int | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -120,6 +127,17 @@ class Session:
         """
         return {site.name: dict(self.used.get(site.name, {})) for site in self.anatomy.sites}
 
+    def end_run(self, thread: int) -> None:
+        """Forget the run of a thread, and undo what was set up for it."""
+        run, _ = self.runs.pop(thread, (None, None))
+        if run is not None:
+            self.extra_forwards += run.extra_forwards
+            run.close()
+
+    def _end_runs(self) -> None:
+        for thread in list(self.runs):
+            self.end_run(thread)
+
     def count(self, site: Site, backend: str) -> None:
         entry = self.used.setdefault(site.name, {})
         entry[backend] = entry.get(backend, 0) + 1
@@ -155,7 +173,7 @@ class Session:
             if installation is None or self not in installation.sessions:
                 return
             installation.sessions.remove(self)
-            self.runs.clear()
+            self._end_runs()
             if not installation.sessions and not installation.suspended:
                 installation.undo()
                 del _installations[id(self.module)]
@@ -194,6 +212,9 @@ def reset(model: Any) -> int:
         if installation is None:
             return 0
         count = len(installation.sessions)
+        for session in installation.sessions:
+            for thread in list(session.runs):
+                session.end_run(thread)
         installation.sessions.clear()
         installation.undo()
         return count
@@ -270,6 +291,8 @@ class Installation:
             self.active.pop(me, None)
             try:
                 self._begin(args, kwargs, generating=True)
+                self._start(me)
+                kwargs = self._with_processors(me, kwargs)
                 result = original(*args, **kwargs)
                 self._finish(result)
                 return unpack(result)
@@ -298,12 +321,15 @@ class Installation:
                 "use capture=interp.Capture(attention=True) and run.trace['text']['attention']",
                 stacklevel=2,
             )
-        if me not in self.generating:
+        fresh = me not in self.generating
+        if fresh:
             self._begin(args, kwargs, generating=False, sub=sub)
         for session in self.sessions:
             found = session.runs.get(me)
             if found is not None:
                 begin_run(found[0], sub, args, kwargs)
+        if fresh:
+            self._start(me)
 
     def _leave(self, sub: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         me = threading.get_ident()
@@ -325,21 +351,43 @@ class Installation:
     ) -> None:
         me = threading.get_ident()
         for session in list(self.sessions):
-            run = RunState(sub or self.module, session.anatomy, {}, generating, session.tokenizer)
+            run = RunState(sub or self.module, session.anatomy, {}, generating, session.tokenizer, root=self.module)
+            run.given_prompt_length = None if generating else session.prompt_length
             recorder = None
             if session.selection is not None:
                 recorder = Recorder(session.capture, session.selection, run, session.tokenizer)
             if generating:
                 begin_run(run, self.module, args, kwargs, forward=False)
+            session.end_run(me)
             session.runs[me] = (run, recorder)
+
+    def _start(self, thread: int) -> None:
+        for session in list(self.sessions):
+            run, _ = session.runs[thread]
             for intervention in session.interventions:
                 intervention.start(run)
+
+    def _with_processors(self, thread: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        ours = [
+            processor
+            for session in self.sessions
+            for intervention in session.interventions
+            for processor in intervention.logits_processors(session.runs[thread][0])
+        ]
+        if not ours:
+            return kwargs
+        from transformers import LogitsProcessorList
+
+        return {**kwargs, "logits_processor": LogitsProcessorList([*(kwargs.get("logits_processor") or []), *ours])}
 
     def _finish(self, result: Any) -> None:
         me = threading.get_ident()
         for session in self.sessions:
             run, recorder = session.runs.get(me, (None, None))
-            if run is None or recorder is None:
+            if run is None:
+                continue
+            run.keep(session.interventions, getattr(result, "past_key_values", None))
+            if recorder is None:
                 continue
             sequences = finish_generate(run, result) if run.generating else None
             attrs = {
@@ -350,7 +398,7 @@ class Installation:
 
     def _drop(self) -> None:
         for session in self.sessions:
-            session.runs.pop(threading.get_ident(), None)
+            session.end_run(threading.get_ident())
 
     def handle(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
@@ -367,11 +415,11 @@ class Installation:
         chunk = self.chunks.setdefault(id(module), [0, 0])
         call = site_call(site, live[0][1], module, query, key, value, attention_mask, options, chunk)
         self._advance(module, query, key)
-        edits: list[Edit | None] = []
         for session, run, _ in live:
             call.run = run
-            edits.extend(intervention.before(call) for intervention in session.interventions)
-        edit = combine(*edits)
+            for intervention in session.interventions:
+                call.edits.append(intervention.before(call))
+        edit = combine(*call.edits)
         if edit is not None and is_neutral(edit):
             edit = None
         if edit is not None and options.get("dropout"):
@@ -480,7 +528,12 @@ def untouched(model: Any) -> Iterator[None]:
     """Run the plain model inside a session: no captures, no interventions, for a baseline or a reference pass."""
     installation = _installations.get(id(unwrap(model)))
     held, sessions = (installation.sessions, []) if installation is not None else ([], [])
+    me = threading.get_ident()
+    generating, stack = False, None
     if installation is not None:
+        # Inside a generate or a forward: what runs in the block is a run of its own.
+        generating, stack = me in installation.generating, installation.active.pop(me, None)
+        installation.generating.discard(me)
         # The last session opened in the block must not take the suspended ones' installation down with it.
         installation.suspended += 1
         installation.sessions = sessions
@@ -490,3 +543,8 @@ def untouched(model: Any) -> Iterator[None]:
         if installation is not None:
             installation.suspended -= 1
             installation.sessions = held
+            installation.active.pop(me, None)
+            if stack is not None:
+                installation.active[me] = stack
+            if generating:
+                installation.generating.add(me)
