@@ -1,8 +1,8 @@
-"""What every text probe hands out: token ids of one prompt, and how they were made."""
+"""What every probe hands out: token ids of one prompt, with an image where the model sees, and how they were made."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -28,6 +28,39 @@ class Sample:
 
         ids = torch.tensor([self.ids], dtype=torch.int64, device=device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@dataclass(frozen=True)
+class ImagePrompt(Sample):
+    """One prompt with an image, or an image alone (no ids, no text). The pixels are read whenever they are needed.
+
+    Attributes:
+        image: as ``model.encode`` takes it; two prompts are equal where their ids and paths are.
+        model: the :class:`interp.Model` that encodes it.
+        chat: the text stands in the model's chat template.
+    """
+
+    image: Any = None
+    model: Any = field(default=None, repr=False, compare=False)
+    chat: bool = False
+
+    def inputs(self, device: Any = None) -> dict[str, Any]:
+        """What ``model.encode`` gives: ``pixel_values``, with ``input_ids`` and ``attention_mask`` where there is text."""
+        encoded = self.model.encode(self.text or None, self.image, chat=self.chat)
+        return {k: v.to(device) if device is not None and hasattr(v, "to") else v for k, v in encoded.items()}
+
+
+def image_prompt(model: Any, text: str, image: Any, *, chat: bool = False) -> ImagePrompt:
+    """A prompt of one text and one image.
+
+    Raises:
+        ProbeError: not an :class:`interp.Model`.
+        ModelInputError: a model that takes no images, or an image that cannot be read.
+    """
+    if not callable(getattr(model, "encode", None)) or not hasattr(model, "processor"):
+        raise ProbeError(f"a prompt with an image needs an interp.Model, got {type(model).__name__}")
+    ids = model.encode(text, image, chat=chat)["input_ids"][0]
+    return ImagePrompt(tuple(int(i) for i in ids), text, image, model, chat)
 
 
 def tokenizer_of(model_or_tokenizer: Any) -> Any:
