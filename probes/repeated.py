@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from probes.samples import ProbeError, Sample, config_of, special_ids, tokenizer_of
+from probes.samples import ProbeError, Sample, bos_id, config_of, special_ids, tokenizer_of
 
 SPECIAL_LOOK = re.compile(r"<[^<>]*>|\[[A-Za-z]+\d*\]")
 
@@ -90,10 +90,8 @@ class RepeatedTokens:
             vocabulary = ordinary_ids(tokenizer, config)
         if len(vocabulary) < 2:
             raise ProbeError(f"vocabulary must have at least two ids, got {len(vocabulary)}")
-        first = getattr(tokenizer, "bos_token_id", None)
-        if first is None:
-            first = getattr(_text_config(config), "bos_token_id", None)
-        front = (int(first),) if self.bos and isinstance(first, int) else ()
+        first = bos_id(model_or_tokenizer)
+        front = (first,) if self.bos and first is not None else ()
         rng = random.Random(f"repeated tokens {self.seed}")
         samples: list[RepeatedSample] = []
         for _ in range(self.n):

@@ -83,6 +83,18 @@ def config_of(model_or_tokenizer: Any) -> Any:
     return getattr(model_or_tokenizer, "config", None)
 
 
+def bos_id(model_or_tokenizer: Any) -> int | None:
+    """Id of the token that begins a sequence, by the tokenizer, else by the config; None where there is none."""
+    config = config_of(model_or_tokenizer)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    tokenizer = getattr(model_or_tokenizer, "tokenizer", None)
+    for keeper in (model_or_tokenizer, tokenizer, text):
+        found = getattr(keeper, "bos_token_id", None)
+        if isinstance(found, int):
+            return found
+    return None
+
+
 def encode(model_or_tokenizer: Any, text: str) -> tuple[int, ...]:
     """Ids of ``text`` with the special tokens that the tokenizer puts around a prompt."""
     return tuple(int(i) for i in tokenizer_of(model_or_tokenizer)(text)["input_ids"])
