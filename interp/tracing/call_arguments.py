@@ -93,7 +93,7 @@ def _plain_mask(causal: bool, q_offset: int, kv_offset: int, cross: bool) -> Mas
 def _generated(run: RunState, decoder: bool, start: int, count: int) -> bool:
     if not decoder:
         return False
-    if run.generating:
+    if run.generating or run.given_prompt_length is not None:
         return run.prompt_length is not None and start >= run.prompt_length
     return count == 1 and start > 0
 

@@ -22,15 +22,18 @@ def begin_run(
     if not run.inputs:
         run.inputs = {name: value for name, value in inputs.items() if value is not None}
     if not forward:
-        run.prompt_length = _cached(inputs.get("past_key_values"))
+        run.cache = inputs.get("past_key_values")
         run.prompt_length = _new_positions(run, inputs)
         return
     run.forwards += 1
-    run.past_length = _cached(inputs.get("past_key_values"))
+    run.cache = inputs.get("past_key_values")
+    run.past_length = _cached(run.cache)
     if run.generating and _start_was_put_before(run, inputs):
         run.prompt_length = (run.prompt_length or 0) + 1
     if not run.generating:
         run.prompt_length = run.past_length + _new_positions(run, inputs)
+        if run.given_prompt_length is not None:
+            run.prompt_length = min(run.given_prompt_length, run.prompt_length)
 
 
 def _bound(function: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

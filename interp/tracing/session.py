@@ -134,7 +134,7 @@ class Session:
             self.extra_forwards += run.extra_forwards
             run.close()
 
-    def _end_runs(self) -> None:
+    def end_runs(self) -> None:
         for thread in list(self.runs):
             self.end_run(thread)
 
@@ -173,7 +173,7 @@ class Session:
             if installation is None or self not in installation.sessions:
                 return
             installation.sessions.remove(self)
-            self._end_runs()
+            self.end_runs()
             if not installation.sessions and not installation.suspended:
                 installation.undo()
                 del _installations[id(self.module)]
@@ -213,8 +213,7 @@ def reset(model: Any) -> int:
             return 0
         count = len(installation.sessions)
         for session in installation.sessions:
-            for thread in list(session.runs):
-                session.end_run(thread)
+            session.end_runs()
         installation.sessions.clear()
         installation.undo()
         return count
