@@ -13,7 +13,11 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-_NAMES = {"MaskHeads": "mask_heads", "HeadMeans": "head_means", "Custom": "custom"}
+_NAMES = {
+    "MaskHeads": "mask_heads", "HeadMeans": "head_means", "HeadActivations": "activations", "NormScales": "norm_scales",
+    "ScaleHeads": "scale_heads", "Streaming": "streaming", "Temperature": "temperature", "TopKMask": "top_k_mask",
+    "GateHeads": "gate_heads", "PatchHeads": "patch_heads", "AddToHeads": "add_to_heads", "Custom": "custom",
+}  # fmt: skip
 
 
 def _modules() -> list[str]:

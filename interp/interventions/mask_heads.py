@@ -1,8 +1,7 @@
-"""Head ablation: zero, mean, uniform, first token."""
+"""Head ablation: zero, mean, resample, uniform, first token."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -10,18 +9,25 @@ import torch
 from torch import Tensor
 
 from interp.attention import Edit, Gain, Neighbourhood, Uniform
-from interp.heads import HeadError, Heads
+from interp.heads import HeadError
+from interp.interventions._base import HeadPolicy, Strength, every_head
+from interp.interventions._patching import patched_outputs
+from interp.interventions.activations import HeadActivations
 from interp.interventions.head_means import HeadMeans
-from interp.interventions.selection import first_key, heads_at, positions_in_sample, read_heads, resolve_heads
-from interp.models.anatomy import Anatomy, Site
-from interp.tracing.calls import Intervention, RunState, SiteCall
+from interp.interventions.norm_scales import NormScales
+from interp.interventions.selection import first_key, positions_in_sample, resolve_heads
+from interp.models.anatomy import Anatomy
+from interp.tracing.calls import RunState, SiteCall
 
-KINDS = ("zero", "mean", "uniform", "first_token")
-SCOPES = ("all", "prefill", "decode")
+KINDS = ("zero", "mean", "resample", "uniform", "first_token")
+REFERENCES: dict[str, tuple[type, str]] = {
+    "mean": (HeadMeans, "HeadMeans.collect(model, inputs_list)"),
+    "resample": (HeadActivations, "HeadActivations.collect(model, corrupt_inputs)"),
+}
 
 
 @dataclass(frozen=True, eq=False)
-class MaskHeads(Intervention):
+class MaskHeads(HeadPolicy):
     """Take what chosen heads do out of the model (Michel et al. 2019, https://arxiv.org/abs/1905.10650).
 
     The kinds are different questions, and their effects never share a ranking:
@@ -29,130 +35,121 @@ class MaskHeads(Intervention):
     - ``zero``: ``z = 0``. What is lost without the head, its constant part included (Michel et al. 2019).
     - ``mean``: z is the head's mean over ``reference`` at the same position. What is lost with the head's dependence on
       this input (Wang et al. 2023, https://arxiv.org/abs/2211.00593).
+    - ``resample``: z is what the head gave at the same position of ``reference``, one matched corrupt input of the same
+      length. What is lost with what differs between the two inputs (Chan et al. 2022, causal scrubbing; Heimersheim and
+      Nanda 2024, https://arxiv.org/abs/2404.15255). Rows after the prompt have no match and stay as they are.
     - ``uniform``: ``p_ij = 1 / |V_i|`` over the visible keys, no learned sink. What is lost without the choice of keys
-      (Wu et al. 2024, Retrieval Head, https://arxiv.org/abs/2404.15574, whose code masks heads so).
+      (Wu et al. 2024, Retrieval Head, https://arxiv.org/abs/2404.15574, whose code masks heads so, and only in decode).
     - ``first_token``: ``p = 1`` on the sample's first real key. The head rests where idle heads rest. A row that cannot see
       that key (beyond a sliding window) has ``z = 0``, so read it with care for layers with windows. Towers that call
       their attention window by window use the first key of each call.
+
+    ``norms`` freezes the norms downstream at the scales of the clean run (see :class:`NormScales`): for direct effects.
 
     When not to use it: to rank heads by ``zero`` alone where z has a large constant part; take ``mean`` beside it.
 
     Args:
         heads: what :func:`interp.heads.as_heads` takes. An empty set changes nothing: the tokens stay identical.
         kind: one of the above.
-        scope: rows of the prompt (``prefill``), rows after it (``decode``) or ``all``. Encoder and vision rows are prefill.
+        scope: rows of the prompt (``prefill``), rows after it (``decode``), ``all``, or those that decide the next token
+            (``next``). Encoder and vision rows are prefill.
         rows: absolute positions in the head's query sequence in place of a scope; pads count, negative ones from the
             prompt's end.
-        reference: :class:`~interp.interventions.HeadMeans`, for ``mean`` and for nothing else.
+        reference: :class:`~interp.interventions.HeadMeans` for ``mean``, :class:`~interp.interventions.HeadActivations` (with
+            one sample, or one for each of the batch's) for ``resample``, nothing for the others.
+        norms: scales of the clean run on the same inputs; for a forward, not for ``generate``.
 
     Raises:
         HeadError: heads that cannot be read, or (on opening a session) that the model or the reference does not have.
-        ValueError: an unknown kind or scope, rows with a scope, ``mean`` without a reference, a scope no head can meet.
-        TypeError: a reference that is no HeadMeans.
+        ValueError: an unknown kind or scope, rows with a scope, a kind without its reference, a scope no head can meet; in
+            the run, before the first token: a reference of another length, or ``norms`` with ``generate``.
+        TypeError: a reference of another kind.
     """
 
-    heads: Any
     _: KW_ONLY
-    kind: Literal["zero", "mean", "uniform", "first_token"] = "zero"
-    scope: Literal["all", "prefill", "decode"] = "all"
-    rows: Sequence[int] | None = None
-    reference: HeadMeans | None = None
+    kind: Literal["zero", "mean", "resample", "uniform", "first_token"] = "zero"
+    reference: HeadMeans | HeadActivations | None = None
+    norms: NormScales | None = None
 
     paper: ClassVar[str] = "https://arxiv.org/abs/1905.10650"
     unit: ClassVar[str] = "heads replaced"
-    stacks: ClassVar[tuple[str, ...]] = ("any",)
-    needs: ClassVar[str] = "kind='mean': HeadMeans of a calibration set"
+    needs: ClassVar[str] = "kind='mean': HeadMeans of a calibration set; 'resample': HeadActivations of a corrupt input"
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {KINDS}, got {self.kind!r}")
-        if self.scope not in SCOPES:
-            raise ValueError(f"scope must be one of {SCOPES} (or give rows=), got {self.scope!r}")
-        if self.rows is not None:
-            if self.scope != "all":
-                raise ValueError(f"rows must stand alone, got rows={self.rows!r} with scope={self.scope!r}")
-            if isinstance(self.rows, str) or not all(isinstance(r, int) and not isinstance(r, bool) for r in self.rows):
-                raise ValueError(f"rows must be whole numbers, got {self.rows!r}")
-            object.__setattr__(self, "rows", tuple(self.rows))
-        if self.kind == "mean" and self.reference is None:
-            raise ValueError("reference must be given for kind='mean': HeadMeans.collect(model, inputs_list), got None")
-        if self.reference is not None and not isinstance(self.reference, HeadMeans):
-            raise TypeError(
-                f"reference must be HeadMeans.collect(model, inputs_list), got {type(self.reference).__name__}"
+        super().__post_init__()
+        wanted, how = REFERENCES.get(self.kind, (None, ""))
+        if wanted is None and self.reference is not None:
+            raise ValueError(
+                f"reference must be left out unless kind is one of {tuple(REFERENCES)}, got one with kind={self.kind!r}"
             )
-        if self.reference is not None and self.kind != "mean":
-            raise ValueError(f"reference must be left out unless kind='mean', got one with kind={self.kind!r}")
-        object.__setattr__(self, "heads", read_heads(self.heads))
+        if wanted is not None and self.reference is None:
+            raise ValueError(f"reference must be given for kind={self.kind!r}: {how}, got None")
+        if wanted is not None and not isinstance(self.reference, wanted):
+            raise TypeError(f"reference must be {how}, got {type(self.reference).__name__}")
+        if self.kind == "resample" and self.scope in ("decode", "next"):
+            raise ValueError(
+                f"scope must be 'all' or 'prefill' for kind='resample': a row after the prompt has no match; got {self.scope!r}"
+            )
+        if self.norms is not None and not isinstance(self.norms, NormScales):
+            raise TypeError(f"norms must be NormScales.collect(model, inputs), got {type(self.norms).__name__}")
+
+    @classmethod
+    def example(cls, model: Any, *, strength: Strength) -> MaskHeads:
+        return cls(every_head(model) if strength == "on" else [])
 
     def prepare(self, anatomy: Anatomy) -> None:
+        super().prepare(anatomy)
         heads = resolve_heads(self.heads, anatomy)
-        for head in heads:
-            site = anatomy.site(head.stack, head.layer)
-            if self.scope == "decode" and not (site.stack == "text" or site.cross):
-                raise ValueError(
-                    f"scope must be 'all' or 'prefill' for a stack that never decodes, got 'decode' with {head}"
-                )
-            if self.reference is None:
-                continue
-            means = self.reference.sites.get((head.stack, head.layer))
-            if means is None or head.head >= means.overall.shape[0]:
-                raise HeadError(
-                    f"reference must have means of every head, got none of {head}; {self.reference.describe()}"
-                )
+        if isinstance(self.reference, HeadActivations):
+            self.reference.require(heads, "z", "reference")
+        if isinstance(self.reference, HeadMeans):
+            for head in heads:
+                means = self.reference.sites.get((head.stack, head.layer))
+                if means is None or head.head >= means.overall.shape[0]:
+                    raise HeadError(
+                        f"reference must have means of every head, got none of {head}; {self.reference.describe()}"
+                    )
 
-    def acts_on(self, site: Site, run: RunState) -> bool:
-        return site.layer in self._heads(run).by_layer(site.stack)
+    def start(self, run: RunState) -> None:
+        if self.norms is None:
+            return
+        if run.generating:
+            raise ValueError(
+                "norms must be left out with generate: tokens to come have no clean run; call the model on one input"
+            )
+        self.norms.freeze(run.module)
 
     def before(self, call: SiteCall) -> Edit | None:
-        where = None if self.kind == "mean" else self._where(call)
+        where = None if self.kind in REFERENCES else self.where(call)
         if where is None:
             return None
         if self.kind in ("zero", "uniform"):
-            # One edit as long as the rows are the same: what is prepared for it is found again at the next token.
-            kept = call.run.of(self).setdefault("edits", {})
-            if kept.get(call.site.name, (None, None))[0] is not where:
-                kept[call.site.name] = (where, Edit((Gain(0.0, where) if self.kind == "zero" else Uniform(where),)))
-            return kept[call.site.name][1]
+            op = Gain(0.0, where) if self.kind == "zero" else Uniform(where)
+            return self.kept(call, self.kind, lambda: Edit((op,)), of=(where,))
         # Radius 0 around a coordinate that only the first key shares: a sink window of one key would also leave the
         # keys after the query, which bidirectional attention sees. Uniform on that one key is 1, learned sink or not.
-        keys = torch.arange(call.k.shape[2], device=call.q.device) + call.mask.kv_offset
-        others = (keys[None] != first_key(call)[:, None]).int()[..., None]
-        centre = torch.zeros(1, call.q.shape[2], 1, dtype=torch.int32, device=call.q.device)
-        return Edit((Neighbourhood(0, centre, others, where), Uniform(where)))
+        size = (call.q.shape[2], call.k.shape[2])
+        return self.kept(call, size, lambda: _first_token(call, where), of=(where, call.mask), lasting=False)
 
     def after(self, call: SiteCall, z: Tensor) -> Tensor | None:
-        where = self._where(call) if self.kind == "mean" else None
-        if where is None or self.reference is None:
+        where = self.where(call) if self.kind in REFERENCES else None
+        if where is None:
             return None
+        if isinstance(self.reference, HeadActivations):
+            return patched_outputs(call, z, where, self.reference, call.run.of(self), named=self.rows is not None)
+        assert self.reference is not None
         means = self.reference.sites[call.site.stack, call.site.layer].at(positions_in_sample(call))
         return torch.where(where.transpose(1, 2).unsqueeze(-1), means.to(z.dtype), z)
 
-    def _where(self, call: SiteCall) -> Tensor | None:
-        """Bool ``[1, H, Lq|1]``, or None where nothing of the call is meant."""
-        mine = heads_at(call, self._heads(call.run))
-        if not mine or self.scope not in ("all", call.phase):
-            return None
-        kept = call.run.of(self).setdefault("where", {})
-        key = (call.site.name, call.site.n_heads, call.q.device)
-        if key not in kept:
-            kept[key] = call.heads(mine)
-        where = kept[key]
-        if self.rows is None:
-            return where
-        end = (call.run.prompt_length or 0) if call.site.stack == "text" or call.site.cross else call.q.shape[2]
-        wanted = torch.tensor([r + end if r < 0 else r for r in self.rows], dtype=torch.int64, device=call.q.device)
-        selected = torch.isin(call.query_positions(), wanted)
-        return where & selected if bool(selected.any()) else None
-
-    def _heads(self, run: RunState) -> Heads:
-        state = run.of(self)
-        if "heads" not in state:
-            state["heads"] = resolve_heads(self.heads, run.anatomy)
-        return state["heads"]
-
     def describe(self) -> dict[str, Any]:
-        reference = None if self.reference is None else self.reference.describe()
-        rows = None if self.rows is None else list(self.rows)
-        return {
-            "name": "MaskHeads", "heads": str(self.heads), "kind": self.kind, "scope": self.scope, "rows": rows, "reference": reference,
-        }  # fmt: skip
+        said = super().describe()
+        return said if self.norms is not None else {k: v for k, v in said.items() if k != "norms"}
+
+
+def _first_token(call: SiteCall, where: Tensor) -> Edit:
+    keys = torch.arange(call.k.shape[2], device=call.q.device) + call.mask.kv_offset
+    others = (keys[None] != first_key(call)[:, None]).int()[..., None]
+    centre = torch.zeros(1, call.q.shape[2], 1, dtype=torch.int32, device=call.q.device)
+    return Edit((Neighbourhood(0, centre, others, where), Uniform(where)))

@@ -1,0 +1,151 @@
+"""Vision-aware head reinforcement."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from interp.interventions.image_groups import reads_text, repeats, require_images, require_vision
+from interp.interventions.layers import read_layers, resolve_layers
+from interp.interventions.text_only import last_z
+from interp.models.anatomy import Anatomy, Site
+from interp.tracing.calls import Intervention, InterventionError, RunState, SiteCall
+
+
+@dataclass(frozen=True, eq=False)
+class VHR(Intervention):
+    """Reinforce the heads whose output depends most on the image (He et al. 2025, https://arxiv.org/abs/2412.13949).
+
+    ``VHD_h = || z_h(text, image) - z_h(text) ||^2`` at the row that predicts the first token, z before the output
+    projection ``[H, Dv]``; ``z_h *= alpha`` at all rows for the heads of a layer with ``VHD_h > median(VHD)`` (the lower
+    median: half of the heads). Layers are taken from below, so a layer's VHD sees the reinforcement of those under it; the
+    text branch is the plain model. The choice is made once, in the prefill, for each sample, and kept for as long as the KV
+    cache: keys and values of later layers depend on it. The text branch costs one prefill without the image tokens.
+
+    Heads with ``VHD > mean + std`` and ``||z(text)||^2`` likewise lose their VHD first (their output surges when the image is
+    taken away), where ``std(VHD) > filter_guard``.
+
+    Default layers: the second and the last 14 of 32 (LLaVA-1.5, LLaVA-NeXT), for BLIP-2 and InstructBLIP the last 18 of 32;
+    for another depth the same shares, rounded.
+
+    When not to use it: with ``alpha`` of 4 or more (LLaVA-1.5 then breaks down, Table 6); for a ranking of heads across
+    layers (VHD is not normalised: take the score ``vision_aware_divergence``). The release's guard of 1 is an absolute number,
+    so the filter is never on in narrow models: lower it there. This is a reimplementation after the paper and ports of the release.
+
+    Args:
+        alpha: factor, 2 in the paper; 1 is off.
+        layers: of the text stack in place of the default; negative ones count from the last.
+        distance: ``squared`` (release) or ``euclidean`` (paper, eq. 4); only the filter tells them apart.
+        outlier_filter: eq. 6.
+        filter_guard: the smallest std of VHD at which the filter acts, 1 in the release; 0 is the paper.
+
+    Raises:
+        ValueError: an alpha, guard, distance or layers that cannot be.
+        InterventionError: before the first token: a model or a sample without an image, a model that cannot be run without
+            one, layers that do not exist, a prompt that comes in several forwards, a KV cache filled outside the session.
+    """
+
+    alpha: float = 2.0
+    _: KW_ONLY
+    layers: Sequence[int] | None = None
+    distance: Literal["squared", "euclidean"] = "squared"
+    outlier_filter: bool = True
+    filter_guard: float = 1.0
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2412.13949"
+    unit: ClassVar[str] = "factor on z"
+    stacks: ClassVar[tuple[str, ...]] = ("text",)
+    needs: ClassVar[str] = "an image in every prompt"
+    off: ClassVar[Mapping[str, Any]] = {"alpha": 1.0}
+    extra_passes: ClassVar[str] = "one prefill of the text without the image"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.alpha, float | int) or not math.isfinite(self.alpha) or self.alpha < 0:
+            raise ValueError(f"alpha must be a finite number >= 0, got {self.alpha!r}")
+        if self.distance not in ("squared", "euclidean"):
+            raise ValueError(f"distance must be 'squared' or 'euclidean', got {self.distance!r}")
+        if not self.filter_guard >= 0:
+            raise ValueError(f"filter_guard must be >= 0, got {self.filter_guard!r}")
+        object.__setattr__(self, "layers", read_layers(self.layers))
+
+    def prepare(self, anatomy: Anatomy) -> None:
+        if self.layers is not None:
+            resolve_layers(self.layers, anatomy)
+        if self.alpha != 1:
+            require_vision(self, anatomy)
+
+    def start(self, run: RunState) -> None:
+        if self.alpha == 1 or not reads_text(run):
+            return
+        state, earlier = run.of(self), run.earlier(self)
+        state["layers"] = self._layers(run)
+        if "gains" in earlier:
+            state.update(gains=earlier["gains"], samples=earlier["samples"], prompt=earlier["prompt"])
+            return
+        if run.cached_length:
+            raise InterventionError(
+                f"VHR chooses its heads in the prefill, and past_key_values holds {run.cached_length} positions that this session "
+                "has not filled: run the prompt inside the session, on the same cache"
+            )
+        prompt = require_images(self, run)
+        state.update(gains={}, samples=len(prompt), text=last_z(self, run, prompt, state["layers"]))
+
+    def acts_on(self, site: Site, run: RunState) -> bool:
+        return site.stack == "text" and site.layer in run.of(self).get("layers", ())
+
+    def after(self, call: SiteCall, z: Tensor) -> Tensor | None:
+        state = call.run.of(self)
+        if not self.acts_on(call.site, call.run):
+            return None
+        gain = state["gains"].get(call.site.name)
+        if gain is None:
+            text = state.get("text", {}).get(call.site.name)
+            if text is None:
+                return None
+            gain = state["gains"][call.site.name] = self._choose(call, z, text)
+        if len(gain) != len(z):
+            gain = gain.repeat_interleave(repeats(len(z), len(gain)), 0)
+        return z * gain
+
+    def _choose(self, call: SiteCall, z: Tensor, text: Tensor) -> Tensor:
+        """Gains ``[S, 1, H, 1]`` in z's dtype, from z ``[B, Lq, H, Dv]`` and z of the text alone ``[S, H, Dv]``."""
+        prompt = call.run.of(self)["prompt"]
+        row = prompt.last - call.mask.q_offset
+        if call.mask.q_offset > 0 or int(row.max()) >= z.shape[1]:
+            raise InterventionError(
+                f"VHR needs the whole prompt in one forward: heads are chosen at its last row and reinforced at all; got rows "
+                f"{call.mask.q_offset} .. {call.mask.q_offset + z.shape[1] - 1} of {prompt.kind.shape[1]}"
+            )
+        seen = z.detach()[:: repeats(len(z), len(prompt))][torch.arange(len(prompt)), row.to(z.device)].float()
+        chosen = self.select(seen, text.to(z.device).float())
+        gain = torch.where(chosen, self.alpha, 1.0)
+        return gain[:, None, :, None].to(z.dtype)
+
+    def select(self, image: Tensor, text: Tensor) -> Tensor:
+        """The heads to reinforce: bool ``[S, H]`` for last-row z with and without the image, ``[S, H, Dv]``."""
+        divergence = (image - text).square().sum(-1)
+        if self.distance == "euclidean":
+            divergence = divergence.sqrt()
+        if self.outlier_filter and divergence.shape[-1] > 1:
+            strength = text.square().sum(-1)
+            surging = _high(divergence) & _high(strength) & (divergence.std(-1, keepdim=True) > self.filter_guard)
+            divergence = divergence.masked_fill(surging, 0.0)
+        return divergence > divergence.median(-1, keepdim=True).values
+
+    def _layers(self, run: RunState) -> tuple[int, ...]:
+        if self.layers is not None:
+            return resolve_layers(self.layers, run.anatomy)
+        depth = run.anatomy.shape("text")[0]
+        blip = "blip" in getattr(getattr(run.root or run.module, "config", None), "model_type", "")
+        last = max(1, round((18 if blip else 14) / 32 * depth))
+        wanted = {*range(depth - last, depth), *(() if blip or depth < 2 else (1,))}
+        return resolve_layers(sorted(wanted), run.anatomy)
+
+
+def _high(x: Tensor) -> Tensor:
+    return x > x.mean(-1, keepdim=True) + x.std(-1, keepdim=True)
