@@ -17,6 +17,11 @@ _HOMES = {
     "Head": "interp.heads", "Heads": "interp.heads",
     "score": "interp.analysis", "scores": "interp.analysis",
     "interventions": "interp.interventions", "MaskHeads": "interp.interventions", "Custom": "interp.interventions",
+    "VHR": "interp.interventions", "VAR": "interp.interventions", "PAI": "interp.interventions", "PAINT": "interp.interventions",
+    "Knockout": "interp.interventions", "InterventionError": "interp.tracing.calls",
+    "ScaleHeads": "interp.interventions", "Streaming": "interp.interventions", "Temperature": "interp.interventions",
+    "TopKMask": "interp.interventions", "GateHeads": "interp.interventions", "PatchHeads": "interp.interventions",
+    "AddToHeads": "interp.interventions",
     "check": "interp.checking",
 }  # fmt: skip
 

@@ -16,7 +16,9 @@ from typing import Any
 _NAMES = {
     "MaskHeads": "mask_heads", "HeadMeans": "head_means", "HeadActivations": "activations", "NormScales": "norm_scales",
     "ScaleHeads": "scale_heads", "Streaming": "streaming", "Temperature": "temperature", "TopKMask": "top_k_mask",
+    "SinkRecent": "patterns", "Spans": "patterns", "Shards": "patterns", "Near": "patterns", "KVGates": "streaming",
     "GateHeads": "gate_heads", "PatchHeads": "patch_heads", "AddToHeads": "add_to_heads", "Custom": "custom",
+    "VHR": "vhr", "VAR": "var", "PAI": "pai", "PAINT": "paint", "Knockout": "knockout",
 }  # fmt: skip
 
 

@@ -52,20 +52,33 @@ class HeadPolicy(Intervention):
     unit: ClassVar[str] = ""
     stacks: ClassVar[tuple[str, ...]] = ("any",)
     needs: ClassVar[str] = ""
+    scopes: ClassVar[tuple[str, ...]] = SCOPES
 
     def __post_init__(self) -> None:
-        if self.scope not in SCOPES:
-            raise ValueError(f"scope must be one of {SCOPES} (or give rows=), got {self.scope!r}")
+        if self.scope not in self.scopes:
+            raise ValueError(f"scope must be one of {self.scopes} (or give rows=), got {self.scope!r}")
         if self.rows is not None:
             if self.scope != "all":
                 raise ValueError(f"rows must stand alone, got rows={self.rows!r} with scope={self.scope!r}")
             object.__setattr__(self, "rows", whole_numbers("rows", self.rows))
-        object.__setattr__(self, "heads", read_heads(self.heads))
+        object.__setattr__(self, "heads", self.read(self.heads))
+
+    def read(self, heads: Any) -> Any:
+        """Heads as far as they can be read without a model."""
+        return read_heads(heads)
+
+    def resolve(self, anatomy: Anatomy) -> Heads:
+        """The heads on one model.
+
+        Raises:
+            HeadError: naming a head that the model does not have, and what it has.
+        """
+        return resolve_heads(self.heads, anatomy)
 
     def prepare(self, anatomy: Anatomy) -> None:
-        for head in resolve_heads(self.heads, anatomy):
+        for head in self.resolve(anatomy):
             site = anatomy.site(head.stack, head.layer)
-            if self.scope in ("decode", "next") and not (site.stack == "text" or site.cross):
+            if self.scope not in ("all", "prefill") and not (site.stack == "text" or site.cross):
                 raise ValueError(
                     f"scope must be 'all' or 'prefill' for a stack that never decodes, got {self.scope!r} with {head}"
                 )
@@ -77,7 +90,7 @@ class HeadPolicy(Intervention):
         """The heads on the run's model."""
         state = run.of(self)
         if "heads" not in state:
-            state["heads"] = resolve_heads(self.heads, run.anatomy)
+            state["heads"] = self.resolve(run.anatomy)
         return state["heads"]
 
     def mine(self, call: SiteCall) -> list[int]:
@@ -87,7 +100,7 @@ class HeadPolicy(Intervention):
     def where(self, call: SiteCall) -> Tensor | None:
         """Bool ``[B|1, H, Lq|1]``, or None where nothing of the call is meant; one object as long as it stays the same."""
         mine = self.mine(call)
-        if not mine or self.scope not in ("all", "next", call.phase):
+        if not mine or self.scope not in ("all", "next", call.phase, "cached" if call.run.past_length else ""):
             return None
         key = (tuple(mine), call.site.n_heads, call.q.device)
         heads = self.kept(call, ("heads", *key), lambda: call.heads(mine))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -58,6 +58,14 @@ class Custom(Intervention):
         object.__setattr__(self, "before_function", before)
         object.__setattr__(self, "after_function", after)
         object.__setattr__(self, "heads", None if heads is None else read_heads(heads))
+
+    @classmethod
+    def example(cls, model: Any, *, strength: Literal["on", "off"]) -> Custom:
+        def after(call: SiteCall, z: Tensor) -> Tensor | None:
+            # A factor for each head: a model that normalises after attention would undo a common one.
+            return z * torch.linspace(0, 1, z.shape[2], device=z.device)[:, None] if strength == "on" else None
+
+        return cls(after=after)
 
     def prepare(self, anatomy: Anatomy) -> None:
         if self.heads is not None:

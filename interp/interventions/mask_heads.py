@@ -15,7 +15,7 @@ from interp.interventions._patching import patched_outputs
 from interp.interventions.activations import HeadActivations
 from interp.interventions.head_means import HeadMeans
 from interp.interventions.norm_scales import NormScales
-from interp.interventions.selection import first_key, positions_in_sample, resolve_heads
+from interp.interventions.selection import first_key, positions_in_sample
 from interp.models.anatomy import Anatomy
 from interp.tracing.calls import RunState, SiteCall
 
@@ -101,7 +101,7 @@ class MaskHeads(HeadPolicy):
 
     def prepare(self, anatomy: Anatomy) -> None:
         super().prepare(anatomy)
-        heads = resolve_heads(self.heads, anatomy)
+        heads = self.resolve(anatomy)
         if isinstance(self.reference, HeadActivations):
             self.reference.require(heads, "z", "reference")
         if isinstance(self.reference, HeadMeans):

@@ -62,11 +62,10 @@ class NormScales:
                 norms[name] = _recognise(name, sub, x)
             scales.setdefault(name, []).append(norms[name].scale(x))
 
-        found = _on_the_residual(module)
-        handles = [
-            sub.register_forward_pre_hook(lambda sub, args, name=name: keep(name, sub, args[0]) if args else None)
-            for name, sub in found.items()
-        ]
+        def watch(name: str) -> Any:
+            return lambda sub, args: keep(name, sub, args[0]) if args else None
+
+        handles = [sub.register_forward_pre_hook(watch(name)) for name, sub in _on_the_residual(module).items()]
         try:
             with torch.no_grad():
                 module(**inputs)

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from interp.attention import Edit, Gain
+from interp.heads import Heads
 from interp.interventions._base import HeadPolicy, HeadValues, Strength, every_head
-from interp.interventions.selection import resolve_heads
-from interp.models.anatomy import Anatomy, Site
+from interp.models.anatomy import Anatomy, Site, anatomy
+from interp.models.model import unwrap
 from interp.tracing.calls import RunState, SiteCall
 
 
@@ -50,11 +51,13 @@ class ScaleHeads(HeadPolicy):
 
     @classmethod
     def example(cls, model: Any, *, strength: Strength) -> ScaleHeads:
-        return cls(every_head(model), 0.5 if strength == "on" else 1.0)
+        # Half of the heads: a model that normalises after attention would undo a factor on all of them.
+        heads = [head for head in Heads.parse(every_head(model), anatomy(unwrap(model))) if head.head % 2 == 0]
+        return cls(heads, 0.25 if strength == "on" else 1.0)
 
     def prepare(self, anatomy: Anatomy) -> None:
         super().prepare(anatomy)
-        self.values.check(resolve_heads(self.heads, anatomy))
+        self.values.check(self.resolve(anatomy))
 
     def acts_on(self, site: Site, run: RunState) -> bool:
         return not self.values.is_neutral and super().acts_on(site, run)

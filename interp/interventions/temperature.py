@@ -11,7 +11,7 @@ from torch import Tensor
 from interp.attention import Edit
 from interp.attention import Temperature as Divide
 from interp.interventions._base import HeadPolicy, HeadValues, Strength, every_head
-from interp.interventions.selection import positions_in_sample, resolve_heads
+from interp.interventions.selection import positions_in_sample
 from interp.models.anatomy import Anatomy, Site
 from interp.tracing.calls import RunState, SiteCall
 
@@ -67,7 +67,7 @@ class Temperature(HeadPolicy):
     def prepare(self, anatomy: Anatomy) -> None:
         super().prepare(anatomy)
         for table in self.tables:
-            table.check(resolve_heads(self.heads, anatomy))
+            table.check(self.resolve(anatomy))
 
     def acts_on(self, site: Site, run: RunState) -> bool:
         return not all(t.is_neutral for t in self.tables) and super().acts_on(site, run)
