@@ -60,12 +60,20 @@ def _modules() -> list[str]:
     return [entry.name for entry in found if not any(part.startswith("_") for part in entry.name.split("."))]
 
 
+def _is_dataclass(cls: type) -> bool:
+    # Apart from the scan: the library's annotation would make an instance of every class.
+    return is_dataclass(cls)
+
+
 def _classes() -> dict[str, type]:
     found: dict[str, type] = {}
     for module in map(import_module, _modules()):
         for name, value in vars(module).items():
-            own = isinstance(value, type) and value.__module__ == module.__name__ and not name.startswith("_")
-            if own and is_dataclass(value) and callable(getattr(value, "build", None)) and not inspect.isabstract(value):
+            if not isinstance(value, type) or value.__module__ != module.__name__ or name.startswith("_"):
+                continue
+            # A form that several probes share is abstract.
+            task = _is_dataclass(value) and callable(getattr(value, "build", None))
+            if task and not inspect.isabstract(value):
                 found[name] = value
     return found
 

@@ -49,9 +49,7 @@ class ContrastPair:
             if not callable(getattr(getattr(self, name), "inputs", None)):
                 raise ProbeError(f"{name} must have inputs(device), got {type(getattr(self, name)).__name__}")
         if self.answer < 0 or self.foil < 0 or self.answer == self.foil:
-            raise ProbeError(
-                f"answer and foil must be two different ids of at least 0, got {self.answer}, {self.foil}"
-            )
+            raise ProbeError(f"answer and foil must be two different ids of at least 0, got {self.answer}, {self.foil}")
         if self.images is not None and len(self.images) != 2:
             raise ProbeError(f"images must be the clean and the corrupt one, got {len(self.images)}")
 

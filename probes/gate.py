@@ -155,6 +155,7 @@ def _stop_at(model: Any, prompt: int, stop: str) -> Any:
 
 def first_of(text: str, wanted: str, others: Sequence[str], *, ignore_case: bool = False) -> bool:
     """Is ``wanted`` in the text as a word of its own, with none of ``others`` before it?"""
+
     def at(word: str) -> int:
         flags = re.IGNORECASE if ignore_case else 0
         found = re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, flags)

@@ -27,15 +27,15 @@ TEMPLATES = (
 )
 PLACES = ("store", "garden", "school", "park", "station", "library", "market", "beach")
 THINGS = ("drink", "book", "ring", "ball", "letter", "flower", "box", "picture")
-NAMES = tuple(
-    (
-        "Adam Alan Alex Alice Amy Andrew Anna Anne Anthony Ben Bob Brian Carl Charles Chris Claire Daniel David Donald Edward Emily "
-        "Emma Eric Eva Frank Fred George Grace Harry Helen Henry Ian Jack Jacob James Jane Jason Jeff Jim Joe John Jose Joseph Julia "
-        "Karen Kate Kevin Laura Lily Linda Lisa Lucy Mark Martin Mary Matthew Max Michael Mike Nick Oliver Oscar Paul Peter Philip "
-        "Rachel Richard Robert Rose Ruth Ryan Sam Sarah Scott Simon Stephen Steve Sue Susan Thomas Tim Timmy Tom Tony Victor Victoria "
-        "Walter William"
-    ).split()
-)
+NAMES = (
+    "Adam", "Alan", "Alex", "Alice", "Amy", "Andrew", "Anna", "Anne", "Anthony", "Ben", "Bob", "Brian", "Carl",
+    "Charles", "Chris", "Claire", "Daniel", "David", "Donald", "Edward", "Emily", "Emma", "Eric", "Eva", "Frank",
+    "Fred", "George", "Grace", "Harry", "Helen", "Henry", "Ian", "Jack", "Jacob", "James", "Jane", "Jason", "Jeff",
+    "Jim", "Joe", "John", "Jose", "Joseph", "Julia", "Karen", "Kate", "Kevin", "Laura", "Lily", "Linda", "Lisa",
+    "Lucy", "Mark", "Martin", "Mary", "Matthew", "Max", "Michael", "Mike", "Nick", "Oliver", "Oscar", "Paul", "Peter",
+    "Philip", "Rachel", "Richard", "Robert", "Rose", "Ruth", "Ryan", "Sam", "Sarah", "Scott", "Simon", "Stephen",
+    "Steve", "Sue", "Susan", "Thomas", "Tim", "Timmy", "Tom", "Tony", "Victor", "Victoria", "Walter", "William",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class IndirectObjectPair(ContrastPair):
 
 @dataclass(frozen=True)
 class IndirectObject:
-    """"When Mary and John came to the store, John gave a drink to" -> " Mary", as contrast pairs.
+    """Contrast pairs "When Mary and John came to the store, John gave a drink to" -> " Mary".
 
     Names are those that are one token for the tokenizer, behind a space, so clean and corrupt sentence are aligned. The
     paper's measure is the logit difference, ``evaluate(model, pairs)``.

@@ -65,7 +65,7 @@ class NonLiteralSample(NeedleSample):
 
 @dataclass(frozen=True)
 class NonLiteral(Haystack[NonLiteralSample]):
-    """"Yuki lives next to the Colosseum." hidden in prose, and the question which person has been to Rome.
+    """A needle "Yuki lives next to the Colosseum." in prose, and the question which person has been to Rome.
 
     As NoLiMa: needle and question share no content word, so matching words does not find it. The facts are our own. The prose
     names nobody, so without the distractors (other people at other landmarks, which NoLiMa has in an extension only) any name

@@ -121,7 +121,7 @@ class VariableSample(Sample):
 
 @dataclass(frozen=True)
 class VariableTracking:
-    """ "VAR AKCDE = 48213." ... "VAR BHJLM = VAR AKCDE." in prose: which variables have the value 48213?
+    """Chains "VAR AKCDE = 48213." ... "VAR BHJLM = VAR AKCDE." in prose: which variables have the value 48213?
 
     RULER's variable tracking: each hop must be followed from the last, so no single lookup answers it. Sentences of a chain
     stand in order, at random depths. The splits share neither letters of names nor numbers.

@@ -196,7 +196,10 @@ def test_too_few_names(tokenizer: Any) -> None:
 
 def test_text_pair(tokenizer: Any) -> None:
     found = text_pair(tokenizer, "When Mary and", "When Tom and", " John", " Sue")
-    assert found.differences() == (1,) and tokenizer.convert_ids_to_tokens([found.answer, found.foil]) == ["John", "Sue"]
+    assert found.differences() == (1,) and tokenizer.convert_ids_to_tokens([found.answer, found.foil]) == [
+        "John",
+        "Sue",
+    ]
     with pytest.raises(ProbeError, match=r"' John and' must be one token behind 'When'"):
         next_id(tokenizer, "When", " John and")
 

@@ -117,7 +117,14 @@ def test_gate_refuses() -> None:
 
 @pytest.mark.parametrize(
     ("text", "right"),
-    [("Yuki.", True), ("It is yuki, not Gary", True), ("Gary or Yuki", False), ("Yukio", False), ("", False), ("Gary", False)],
+    [
+        ("Yuki.", True),
+        ("It is yuki, not Gary", True),
+        ("Gary or Yuki", False),
+        ("Yukio", False),
+        ("", False),
+        ("Gary", False),
+    ],
 )
 def test_first_of(text: str, right: bool) -> None:
     assert first_of(text, "Yuki", ["Gary"], ignore_case=True) is right
