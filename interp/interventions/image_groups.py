@@ -79,6 +79,10 @@ def read_prompt(who: Intervention, run: RunState) -> Prompt:
     if "prompt" in state:
         return state["prompt"]
     inputs, before = run.inputs, 0 if run.generating else run.past_length
+    if before and _new(run) == 1 and run.given_prompt_length is None and "prompt" in run.earlier(who):
+        # A user's own decoding loop: the token fed is a generated one.
+        state["prompt"] = run.earlier(who)["prompt"]
+        return state["prompt"]
     if before:
         # Inputs of a later forward hold the new tokens, and an attention mask of all.
         inputs = {name: _tail(value, run) for name, value in inputs.items()}
@@ -135,9 +139,14 @@ def _after(who: Intervention, run: RunState, new: Prompt, before: int) -> Prompt
 
 
 def _tail(value: Any, run: RunState) -> Any:
-    new = (run.inputs["input_ids"].shape[-1] if isinstance(run.inputs.get("input_ids"), Tensor) else 0) or 1
+    new = _new(run)
     whole = isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] == run.past_length + new
     return value[:, -new:] if whole else value
+
+
+def _new(run: RunState) -> int:
+    ids = run.inputs.get("input_ids")
+    return ids.shape[-1] if isinstance(ids, Tensor) else 1
 
 
 def _name(who: Any) -> str:
@@ -180,15 +189,15 @@ def answering_rows(call: SiteCall, prompt: Prompt, *, first_token: bool) -> Tens
 class KeyGroups:
     """Key groups of a prompt's positions, handed out call by call, with an edit for each length of the sequence.
 
-    Positions after the prompt are in group 0. Layers that share the groups share the object, hence the edit: what the op
-    prepares for an edit is found again by its identity.
+    Layers that share the groups share the object, hence the edit: what the op prepares for an edit is found again by its
+    identity.
     """
 
-    def __init__(self, codes: Tensor) -> None:
-        """``codes`` are int8 ``[S, P]``."""
-        self.codes = codes
+    def __init__(self, codes: Tensor, beyond: int = 0) -> None:
+        """``codes`` are int8 ``[S, P]``; positions after the prompt are in group ``beyond``."""
+        self.codes, self.beyond = codes, beyond
         self.buffers: dict[tuple[torch.device, int], Tensor] = {}
-        self.edits: dict[torch.device, tuple[tuple[int, ...], Edit]] = {}
+        self.edits: dict[tuple[int, torch.device], tuple[Edit, tuple[int, ...], Edit]] = {}
 
     def of(self, call: SiteCall) -> Tensor:
         """Int8 ``[B, Lk]`` of a call."""
@@ -197,15 +206,16 @@ class KeyGroups:
         buffer = self.buffers.get(key)
         if buffer is None or buffer.shape[1] < start + n_keys:
             room = max(start + n_keys + 256, self.codes.shape[1])
-            grown = torch.nn.functional.pad(self.codes, (0, room - self.codes.shape[1]))
+            grown = torch.nn.functional.pad(self.codes, (0, room - self.codes.shape[1]), value=self.beyond)
             buffer = grown.repeat_interleave(repeats(batch, len(grown)), 0).to(call.q.device)
             self.buffers[key] = buffer
         return buffer[:, start : start + n_keys].contiguous()
 
     def edit(self, call: SiteCall, template: Edit) -> Edit:
         """``template`` with the call's groups; the same object for all layers, and as long as no key is added."""
-        key = (id(template), call.q.shape[0], call.k.shape[2], call.mask.kv_offset)
-        known = self.edits.get(call.q.device)
-        if known is None or known[0] != key:
-            self.edits[call.q.device] = known = (key, replace(template, groups=self.of(call)))
-        return known[1]
+        place = (id(template), call.q.device)
+        key = (call.q.shape[0], call.k.shape[2], call.mask.kv_offset)
+        known = self.edits.get(place)
+        if known is None or known[0] is not template or known[1] != key:
+            self.edits[place] = known = (template, key, replace(template, groups=self.of(call)))
+        return known[2]

@@ -17,7 +17,7 @@ def read_layers(layers: Any) -> tuple[int, ...] | None:
     """
     if layers is None:
         return None
-    given = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
+    given: list[Any] = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
     if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in given):
         raise ValueError(f"layers must be whole numbers (negative ones from the last layer), got {layers!r}")
     return tuple(given)

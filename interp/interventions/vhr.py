@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from interp.interventions._base import Strength
 from interp.interventions.image_groups import reads_text, repeats, require_images, require_vision
 from interp.interventions.layers import read_layers, resolve_layers
 from interp.interventions.text_only import last_z
@@ -61,7 +62,6 @@ class VHR(Intervention):
     unit: ClassVar[str] = "factor on z"
     stacks: ClassVar[tuple[str, ...]] = ("text",)
     needs: ClassVar[str] = "an image in every prompt"
-    off: ClassVar[Mapping[str, Any]] = {"alpha": 1.0}
     extra_passes: ClassVar[str] = "one prefill of the text without the image"
 
     def __post_init__(self) -> None:
@@ -72,6 +72,10 @@ class VHR(Intervention):
         if not self.filter_guard >= 0:
             raise ValueError(f"filter_guard must be >= 0, got {self.filter_guard!r}")
         object.__setattr__(self, "layers", read_layers(self.layers))
+
+    @classmethod
+    def example(cls, model: Any, *, strength: Strength) -> VHR:
+        return cls(2.0 if strength == "on" else 1.0)
 
     def prepare(self, anatomy: Anatomy) -> None:
         if self.layers is not None:

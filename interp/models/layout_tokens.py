@@ -32,7 +32,7 @@ def token_cells(
         raise LayoutError(f"generated must lie between 0 and the {ids.shape[1]} positions of {name}, got {generated}")
     cells = blank(ids.shape, TEXT)
     cells["prompt"] = np.arange(len(ids))[:, None]
-    cells["kind"][np.isin(ids, sorted(_special_ids(config, tokenizer)))] = SPECIAL
+    cells["kind"][np.isin(ids, sorted(special_ids(config, tokenizer)))] = SPECIAL
     if generated:
         cells["kind"][:, -generated:] = GENERATED
     mask = None if given_mask is None else array(given_mask)
@@ -46,7 +46,7 @@ def token_cells(
     return cells, ""
 
 
-def _special_ids(config: Any, tokenizer: Any) -> set[int]:
+def special_ids(config: Any, tokenizer: Any) -> set[int]:
     """Ids that mark structure: the tokenizer's special tokens and every ``*_token_id`` of the configs."""
     found: set[int] = set()
     text = config.get_text_config() if hasattr(config, "get_text_config") else config

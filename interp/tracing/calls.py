@@ -68,8 +68,10 @@ class RunState:
         return self.state.setdefault(id(intervention), {})
 
     def earlier(self, intervention: Any) -> dict[str, Any]:
-        """What the intervention kept in the last run that filled this run's KV cache (an earlier turn, the prompt before an
-        answer); empty where the cache is new, or was filled outside the session."""
+        """What it kept in the last run that filled this run's KV cache (an earlier turn, the prompt before an answer).
+
+        Empty where the cache is new, or was filled outside the session.
+        """
         return self._kept().get(id(intervention), (None, {}))[1]
 
     @property
@@ -158,11 +160,9 @@ class Intervention:
     The order in a call: ``before`` of every intervention (in the order of sessions and lists), the attention with all their
     edits, then ``after`` of every intervention.
 
-    ``off`` are settings of the constructor with which it changes nothing: no edit, and the plain model's tokens on every
-    model, also on those that it could not act on.
+    ``extra_passes`` says in words what it runs beside the model's own forwards.
     """
 
-    off: ClassVar[Mapping[str, Any]] = {}
     extra_passes: ClassVar[str] = "none"
 
     def start(self, run: RunState) -> None:
