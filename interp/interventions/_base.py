@@ -19,6 +19,7 @@ from interp.interventions.selection import (
     resolve_heads,
 )
 from interp.models.anatomy import Anatomy, Site, anatomy
+from interp.models.model import unwrap
 from interp.tracing.calls import Intervention, RunState, SiteCall
 
 T = TypeVar("T")
@@ -265,12 +266,11 @@ class HeadValues:
         return (names, call.site.n_heads, call.q.shape[0], call.q.device)
 
 
-def every_head(model: Any, *, cross: bool = True) -> str:
-    """All heads of a model as text, for examples; ``cross=False`` leaves out cross attention."""
-    from interp.models.model import unwrap
-
+def every_head(model: Any, *, cross: bool = True) -> Heads:
+    """All heads of a model, for examples; ``cross=False`` leaves out cross attention."""
     shape = anatomy(unwrap(model))
-    return ",".join(f"{stack}.L*H*" for stack, sites in shape.stacks.items() if cross or not sites[0].cross)
+    stacks = [stack for stack, sites in shape.stacks.items() if cross or not sites[0].cross]
+    return resolve_heads(",".join(f"{stack}.L*H*" for stack in stacks), shape)
 
 
 def _said(value: Any) -> Any:

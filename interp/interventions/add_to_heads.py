@@ -13,6 +13,7 @@ from interp.heads import Heads
 from interp.interventions._base import HeadPolicy, HeadValues, Strength, every_head
 from interp.interventions.activations import last_outputs
 from interp.models.anatomy import Anatomy, Site, anatomy
+from interp.models.model import unwrap
 from interp.tracing.calls import RunState, SiteCall
 
 
@@ -119,12 +120,8 @@ class AddToHeads(HeadPolicy):
 
     @classmethod
     def example(cls, model: Any, *, strength: Strength) -> AddToHeads:
-        from interp.models.model import unwrap
-
-        shape = anatomy(unwrap(model))
-        heads = Heads.parse(every_head(model), shape)
-        widths = {(s.stack, s.layer): s.v_head_dim for s in shape.sites}
-        heads = Heads(h for h in heads if (h.stack, h.layer) in widths)
+        widths = {(s.stack, s.layer): s.v_head_dim for s in anatomy(unwrap(model)).sites}
+        heads = every_head(model)
         vectors = [torch.linspace(-1, 1, widths[h.stack, h.layer]) for h in heads]
         return cls(heads, vectors, alpha=2.0 if strength == "on" else 0.0, scope="all")
 

@@ -15,6 +15,7 @@ from interp.interventions._patching import Match, check_width, gathered, match_k
 from interp.interventions.activations import KEYED, WHAT, HeadActivations, SiteActivations, first_sample
 from interp.interventions.selection import heads_at, in_decoder
 from interp.models.anatomy import Anatomy, anatomy
+from interp.models.model import unwrap
 from interp.tracing.calls import SiteCall
 from interp.tracing.trace import Trace
 
@@ -85,8 +86,6 @@ class PatchHeads(HeadPolicy):
     @classmethod
     def example(cls, model: Any, *, strength: Strength) -> PatchHeads:
         """The last row of the prompt takes an output that no run gave."""
-        from interp.models.model import unwrap
-
         one = torch.ones(1, dtype=torch.int64)
         sites = {
             (s.stack, s.layer): SiteActivations(

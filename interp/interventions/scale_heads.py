@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from interp.attention import Edit, Gain
-from interp.heads import Heads
 from interp.interventions._base import HeadPolicy, HeadValues, Strength, every_head
-from interp.models.anatomy import Anatomy, Site, anatomy
-from interp.models.model import unwrap
+from interp.models.anatomy import Anatomy, Site
 from interp.tracing.calls import RunState, SiteCall
 
 
@@ -52,7 +50,7 @@ class ScaleHeads(HeadPolicy):
     @classmethod
     def example(cls, model: Any, *, strength: Strength) -> ScaleHeads:
         # Half of the heads: a model that normalises after attention would undo a factor on all of them.
-        heads = [head for head in Heads.parse(every_head(model), anatomy(unwrap(model))) if head.head % 2 == 0]
+        heads = [head for head in every_head(model) if head.head % 2 == 0]
         return cls(heads, 0.25 if strength == "on" else 1.0)
 
     def prepare(self, anatomy: Anatomy) -> None:
