@@ -351,7 +351,7 @@ def test_images_are_resampled() -> None:
         and found.n_images == 2
     )
     # By margins: one image twice is all right, the other twice all wrong.
-    margins = judge_pope(questions, margins=[1.0, -1.0, -2.0, 2.0])
+    margins = judge_pope(questions, margins=[1.0, -1.0, -1.0, 1.0])
     assert margins["auroc"].value == 0.5 and (margins["auroc"].low, margins["auroc"].high) == (0, 1)
     assert margins["d_prime"].high == pytest.approx(2 * NormalDist().inv_cdf(2.5 / 3)) == -margins["d_prime"].low
     # Drawn with their questions as one: of independent questions the interval is narrower.
