@@ -54,6 +54,15 @@ class ContrastPair:
             raise ProbeError(f"images must be the clean and the corrupt one, got {len(self.images)}")
 
     @property
+    def ids(self) -> tuple[int, ...]:
+        """Of the clean input: as a sample by itself, a pair is its clean half."""
+        return _ids(self.clean)
+
+    def inputs(self, device: Any = None) -> dict[str, Any]:
+        """Of the clean input."""
+        return self.clean.inputs(device)
+
+    @property
     def aligned(self) -> bool:
         """Do both inputs have as many tokens, so that position i of one can be patched into position i of the other?"""
         return len(_ids(self.clean)) == len(_ids(self.corrupt)) > 0

@@ -126,7 +126,7 @@ class NonLiteral(Haystack[NonLiteralSample]):
         def ask(body: str) -> str:
             if self.chat:
                 return f"{body}\n\n{question} Answer with the name only."
-            return f"{body}\n\nQuestion: {question}\nAnswer: The person who {asked} {place} is"
+            return f"{body}\n\nQuestion: {question}\nAnswer: The name of the person who {asked} {place} is"
 
         places = [(depth, needle), *((d, text) for d, _, text in others)]
         written = write(model_or_tokenizer, places, ask, length, seed, chat=self.chat)

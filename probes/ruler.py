@@ -199,7 +199,7 @@ class VariableTracking:
             question = f"Which variables have the value {values[0]}?"
             if self.chat:
                 return f"{body}\n\n{question} Answer with the {each} names only."
-            return f"{body}\n\nQuestion: {question}\nAnswer: The {each} variables that have the value {values[0]} are"
+            return f"{body}\n\nQuestion: {question}\nAnswer: The {each} variables that have the value {values[0]} are:"
 
         written = write(model_or_tokenizer, places, ask, length, seed, chat=self.chat)
         return VariableSample(

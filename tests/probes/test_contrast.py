@@ -27,6 +27,7 @@ from probes.contrast import (
     rank,
     text_pair,
 )
+from probes.gate import gate
 from probes.indirect_object import NAMES, PLACES, TEMPLATES, THINGS, IndirectObject, IndirectObjectPair
 from probes.samples import ImagePrompt, ProbeError, Sample, image_prompt
 
@@ -107,6 +108,7 @@ def test_evaluate_refuses() -> None:
 
 def test_pairs() -> None:
     two = ContrastPair(Sample((5, 6, 7)), Sample((5, 9, 8)), 1, 2, positions=(("end", 2),))
+    assert two.ids == (5, 6, 7) and two.inputs()["input_ids"].tolist() == [[5, 6, 7]]
     assert two.aligned and two.differences() == (1, 2) and two.position("end") == 2
     uneven = ContrastPair(Sample((5, 6)), Sample((5,)), 1, 2)
     assert not uneven.aligned
@@ -211,6 +213,8 @@ def test_sentencepiece_names(shared: Path) -> None:
     probe = IndirectObject(n=6, corrupt="S2")
     assert probe.usable(model) == ["Lily", "Tim", "Timmy"]
     pairs = probe.build(model)
+    gated = gate(model, probe, pairs)
+    assert gated.n == 6 and [probe.judge(p, a) for p, a in zip(pairs, gated.answers, strict=True)] == list(gated.right)
     found = evaluate(model, pairs)
     assert np.isfinite(found.clean).all()
     one = pairs[0]
