@@ -16,7 +16,16 @@ key-stationary one in :mod:`~interp.attention.triton.backward_keys` dk and dv.
 import triton
 import triton.language as tl
 
-from interp.attention.triton.tiles import HIDDEN, LOG2E, SINK_WINDOW_BIT, capped, product, product_add
+from interp.attention.triton.tiles import (
+    HIDDEN,
+    LOG2E,
+    SINK_WINDOW_BIT,
+    capped,
+    product,
+    product_add,
+    seen_keys,
+    whole_tiles,
+)
 
 RUNNING_INTS = [
     "n_queries", "n_keys", "delta", "kv_offset", "left", "right", "row_scale_b", "row_scale_h", "row_scale_q", "bits_b",
@@ -140,28 +149,12 @@ def queries_gradient_kernel(
     turned = tl.zeros([BM], tl.float32)
 
     # Which keys some row of the block sees, and which all rows see
-    lo = 0
-    hi = n_keys
-    if CAUSAL:
-        hi = tl.minimum(hi, last_row + delta + 1)
-    if RIGHT:
-        hi = tl.minimum(hi, last_row + delta + right + 1)
-    if LEFT:
-        lo = tl.maximum(lo, first_row + delta - left)
     first_real = 0
     if PADDING or SINK_WINDOW:
         first_real = tl.load(first_ptr + b * first_b) - kv_offset
-    if PADDING:
-        lo = tl.maximum(lo, first_real)
-    hi = tl.maximum(hi, 0)
-    all_lo = lo
-    all_hi = hi
-    if CAUSAL:
-        all_hi = tl.minimum(all_hi, first_row + delta + 1)
-    if RIGHT:
-        all_hi = tl.minimum(all_hi, first_row + delta + right + 1)
-    if LEFT:
-        all_lo = tl.maximum(all_lo, last_row + delta - left)
+    lo, hi, all_lo, all_hi = seen_keys(
+        first_row, last_row, n_keys, delta, left, right, first_real, CAUSAL, LEFT, RIGHT, PADDING
+    )
     sink_stop = 0
     sw_sink = 0
     sw_window = 0
@@ -182,8 +175,7 @@ def queries_gradient_kernel(
             all_hi = 0
     lo = lo // BN * BN
     hi = tl.maximum(hi, lo)
-    all_lo = tl.minimum(tl.cdiv(tl.maximum(all_lo, lo), BN) * BN, tl.cdiv(hi, BN) * BN)
-    all_hi = tl.maximum(tl.minimum(all_hi, hi) // BN * BN, all_lo)
+    all_lo, all_hi = whole_tiles(lo, hi, all_lo, all_hi, BN)
 
     k_base = k_ptr + b * k_b + kv * k_h
     v_base = v_ptr + b * v_b + kv * v_h

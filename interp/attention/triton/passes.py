@@ -125,7 +125,8 @@ class Pass:
         if lists:
             table = visible_lists(call, config.bm, config.bn, device)
             a.update(lists_ptr=table, list_h=strides(table, 1)[0], list_q=table.stride(1))
-        a.update(ALWAYS_MASK=shared.always_mask or wanted.count, PHASES=_phases(a, shared, wanted))
+        a.update(ALWAYS_MASK=shared.always_mask or wanted.count)
+        a.update(_phases(a, wanted))
         a.update(FOLD=shared.scaled_only(a["UNIFORM"]) and wanted.weights != 1 and not wanted.count)
         # Row sums of a tile: online without row-wise weights they are the denominator, else only somebody's wish.
         in_tile = wanted.row_stats or wanted.pooled if wanted.given else wanted.weights != 2
@@ -256,7 +257,7 @@ def _move(a: Arguments, shared: Tables, wanted: Wanted, bn: int) -> None:
     bits = {name: sum(1 << g for g in getattr(op, name)) for name in ("source", "target", "gate_mass", "gate_share")}
     assert wanted.groups is not None
     assert shared.fraction is not None
-    moved = moved_tiles(wanted.groups, bits["source"] | bits["target"], bn, nothing)
+    moved = moved_tiles(wanted.groups, bits["source"], bits["target"], bn, nothing)
     a.update(
         {name.upper(): value for name, value in bits.items()}, summ=op.summ, rho=op.rho, EDIT_GROUPS=wanted.n_groups
     )
@@ -270,14 +271,18 @@ POINTERS = (
 """Pointers that a launch may do without."""
 
 
-def _phases(a: Arguments, shared: Tables, wanted: Wanted) -> int:
-    """Bit set of the kernel's phases that can be non-empty."""
+def _phases(a: Arguments, wanted: Wanted) -> Arguments:
+    """Bit set of the kernel's phases that can be non-empty, and whether the edges of what is visible share one."""
+    again = 0b100000 if wanted.move is not None else 0
     if a["LISTS"]:
-        return 0b1000 | (0b10000 if wanted.move is not None else 0)
-    sink = (0b0001 if a["SINK_WINDOW"] else 0) | (0b10000 if wanted.move is not None else 0)
-    if shared.always_mask or wanted.count:
-        return sink | 0b1000
-    return sink | (0b0010 if a["LEFT"] or a["SINK_WINDOW"] else 0) | 0b1100
+        return {"PHASES": again | 0b1000, "MERGED": False}
+    edges = a["LEFT"] or a["SINK_WINDOW"]
+    # The largest k are found in the order of the keys: of equals the lowest stay.
+    merged = bool(edges and not wanted.topk and not (a["ALWAYS_MASK"] and not a["SINK_WINDOW"]))
+    early = 0b10 if edges and wanted.topk else 0
+    if a["ALWAYS_MASK"]:
+        return {"PHASES": again | early | 0b1000, "MERGED": merged}
+    return {"PHASES": again | early | (0b1 if again else 0) | 0b1100, "MERGED": merged}
 
 
 __all__ = ["Live", "Pass", "Wanted"]

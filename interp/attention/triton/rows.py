@@ -31,6 +31,8 @@ from interp.attention.triton.tiles import (
     near,
     product,
     product_add,
+    seen_keys,
+    whole_tiles,
 )
 
 RUNNING_INTS = [
@@ -74,7 +76,7 @@ def rows_kernel(
     BM: tl.constexpr, BN: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     KV_GROUP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, ALWAYS_MASK: tl.constexpr, LISTS: tl.constexpr,
-    PHASES: tl.constexpr,
+    PHASES: tl.constexpr, MERGED: tl.constexpr,
     SOFTCAP: tl.constexpr, BIAS: tl.constexpr, DENSE: tl.constexpr, PADDING: tl.constexpr, SINKS: tl.constexpr,
     ROW_SCALE: tl.constexpr, GAIN: tl.constexpr, BITS: tl.constexpr, UNIFORM: tl.constexpr, SINK_WINDOW: tl.constexpr,
     BLOCKS: tl.constexpr, N_COORDS: tl.constexpr, THRESHOLD: tl.constexpr, N_DROP: tl.constexpr,
@@ -96,7 +98,11 @@ def rows_kernel(
 
     ``MOVE`` redistributes (SOURCE, TARGET and the gates are sets of the edit's groups, as bits) in one walk: the masses that
     decide it are there at its end, when only the tiles with a source or target key are visited once more, to add
-    ``(weight - 1) p v``.
+    ``(weight - 1) p v``. The longest run of tiles that are all source or all target (an image) is walked first and its part of
+    the output kept apart, so that it need not be visited again.
+
+    ``MERGED`` puts the tiles at all edges of what is visible in one loop after the others, where a window or a sink leaves edges
+    on both sides: a loop costs its start. Tiles then no longer come in the order of their keys.
     """
     # Heads of one block of rows run side by side (they share keys and values in L2), the longest rows first: under a causal
     # mask the last programs to start are then the shortest.
@@ -182,27 +188,12 @@ def rows_kernel(
         worst = tl.zeros([BM], tl.float32)
 
     # Which keys
-    lo = 0
-    hi = n_keys
-    if CAUSAL:
-        hi = tl.minimum(hi, last_row + delta + 1)
-    if RIGHT:
-        hi = tl.minimum(hi, last_row + delta + right + 1)
-    if LEFT:
-        lo = tl.maximum(lo, first_row + delta - left)
+    first_real = 0
     if PADDING or SINK_WINDOW:
         first_real = tl.load(first_ptr + b * first_b) - kv_offset
-    if PADDING:
-        lo = tl.maximum(lo, first_real)
-    hi = tl.maximum(hi, 0)
-    all_lo = lo  # from here to all_hi every row of the block sees every key
-    all_hi = hi
-    if CAUSAL:
-        all_hi = tl.minimum(all_hi, first_row + delta + 1)
-    if RIGHT:
-        all_hi = tl.minimum(all_hi, first_row + delta + right + 1)
-    if LEFT:
-        all_lo = tl.maximum(all_lo, last_row + delta - left)
+    lo, hi, all_lo, all_hi = seen_keys(
+        first_row, last_row, n_keys, delta, left, right, first_real, CAUSAL, LEFT, RIGHT, PADDING
+    )
     sink_stop = 0
     if SINK_WINDOW:
         sw_sink = tl.load(sw_sink_ptr + h * sw_h)
@@ -221,8 +212,7 @@ def rows_kernel(
     if SINK_WINDOW:
         lo = tl.maximum(lo, sink_stop)
     hi = tl.maximum(hi, lo)
-    all_lo = tl.minimum(tl.cdiv(tl.maximum(all_lo, lo), BN) * BN, tl.cdiv(hi, BN) * BN)
-    all_hi = tl.maximum(tl.minimum(all_hi, hi) // BN * BN, all_lo)
+    all_lo, all_hi = whole_tiles(lo, hi, all_lo, all_hi, BN)
 
     sink = 0.0
     if SINKS:
@@ -230,11 +220,29 @@ def rows_kernel(
     if not UNIFORM:
         uniform = row_ok
 
-    for phase in tl.static_range(5):
-        # 0: the sink of a sink-and-window rule; 1: the left edge of a window; 2: no mask needed; 3: the right edge;
-        # 4: once more the tiles whose mass moves
+    if MOVE:
+        moved_at = moved_ptr + b * moved_b
+        n_tiles = tl.cdiv(n_keys, BN)
+        run_lo = 0
+        run_hi = 0
+        kept_acc = acc
+        kept_top = top
+        if PHASES & 1:
+            run_lo = tl.minimum(tl.maximum(tl.load(moved_at + 2 * n_tiles + 1) * BN, all_lo), all_hi)
+            run_hi = tl.maximum(tl.minimum(tl.load(moved_at + 2 * n_tiles + 2) * BN, all_hi), run_lo)
+    n_sink = sink_stop // BN
+    n_early = n_sink
+    late = all_hi
+    if ALWAYS_MASK:
+        late = lo
+    else:
+        n_early += (all_lo - lo) // BN
+
+    for phase in tl.static_range(6):
+        # 0: the run of tiles whose mass moves alike; 1: the sink of a sink-and-window rule, and the left edge of a window;
+        # 2: no mask needed; 3: the right edge, or all edges; 5: once more the tiles whose mass moves. Odd ones have masks.
         if (PHASES >> phase) & 1:
-            if phase == 4:
+            if phase == 5:
                 alive, _, lse2, norm = finished(top, total, sink, uniform, SINKS, UNIFORM)
                 mass0 *= norm
                 mass1 *= norm
@@ -255,28 +263,46 @@ def rows_kernel(
                 gained = fraction * from_mass / tl.where(opens, to_mass, 1.0)
                 acc *= norm[:, None]
                 final = tl.where(alive, lse2, -HIDDEN)
-                moved_at = moved_ptr + b * moved_b
-                n_tiles = tl.cdiv(n_keys, BN)
-            if LISTS & (phase != 4):
+                before_run = n_tiles
+                if PHASES & 1:
+                    before_run = tl.load(moved_at + run_lo // BN)
+                    more = tl.where(tl.load(moved_at + 2 * n_tiles + 3) == 1, gained, -fraction)
+                    acc += kept_acc * (tl.exp2(kept_top - final) * (1.0 + more))[:, None]
+            if LISTS & (phase != 5):
                 start, stop, step = 0, tl.load(lists_ptr + h * list_h + block * list_q), 1
-            elif phase == 4:
-                start, stop, step = 0, tl.load(moved_at + tl.cdiv(hi, BN)), 1
+            elif phase == 5:
+                start, stop, step = 0, tl.load(moved_at + tl.cdiv(hi, BN)) - (run_hi - run_lo) // BN, 1
             elif phase == 0:
-                start, stop, step = 0, sink_stop, BN
+                start, stop, step = run_lo, run_hi, BN
             elif phase == 1:
-                start, stop, step = lo, all_lo, BN
+                start, stop, step = 0, n_early, 1
             elif phase == 2:
                 start, stop, step = all_lo, all_hi, BN
+                if PHASES & 1:
+                    stop -= run_hi - run_lo
+            elif MERGED:
+                start, stop, step = 0, n_early + tl.maximum(tl.cdiv(hi - late, BN), 0), 1
             else:
-                start, stop, step = all_hi, hi, BN
-                if ALWAYS_MASK:
-                    start = lo
+                start, stop, step = late, hi, BN
             for at in tl.range(start, stop, step):
                 n0 = at
-                if phase == 4:
-                    n0 = tl.load(moved_at + n_tiles + 1 + at) * BN
+                if phase == 5:
+                    listed = at
+                    if PHASES & 1:
+                        listed += tl.where(at >= before_run, (run_hi - run_lo) // BN, 0)
+                    n0 = tl.load(moved_at + n_tiles + 1 + listed) * BN
                 elif LISTS:
                     n0 = tl.load(lists_ptr + h * list_h + block * list_q + 1 + at) * BN
+                elif (phase == 1) | (MERGED & (phase == 3)):
+                    n0 = at * BN
+                    if SINK_WINDOW:
+                        n0 += tl.where(at < n_sink, 0, lo - n_sink * BN)
+                    else:
+                        n0 += lo
+                    if phase == 3:
+                        n0 = tl.where(at < n_early, n0, late + (at - n_early) * BN)
+                elif (phase == 2) & (PHASES & 1):
+                    n0 += tl.where(at >= run_lo, run_hi - run_lo, 0)
                 cols = n0 + tl.arange(0, BN)
                 col_ok = cols < n_keys
                 if EDIT_GROUPS:
@@ -289,9 +315,9 @@ def rows_kernel(
                     x = tl.zeros([BM, BN], tl.float32)
                 else:
                     k_at = k_base + cols.to(tl.int64)[None, :] * k_n + dims[:, None]
-                    if (phase != 2) and (D != HEAD_DIM):
+                    if (phase % 2) and (D != HEAD_DIM):
                         kt = tl.load(k_at, mask=col_ok[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)
-                    elif phase != 2:
+                    elif phase % 2:
                         kt = tl.load(k_at, mask=col_ok[None, :], other=0.0)
                     elif D != HEAD_DIM:
                         kt = tl.load(k_at, mask=(dims < HEAD_DIM)[:, None], other=0.0)
@@ -304,7 +330,7 @@ def rows_kernel(
                         x = capped(x, softcap) * LOG2E
 
                 # Visibility and what changes scores
-                if phase != 2:
+                if phase % 2:
                     visible = col_ok[None, :] & row_ok[:, None]
                     if CAUSAL:
                         visible = visible & (cols[None, :] <= q_slot[:, None])
@@ -351,7 +377,7 @@ def rows_kernel(
                         x = x + beta[:, None] * tl.abs(x)
                     else:
                         x = x + by_group(beta_ptr, beta_row, row_ok, edit_group, EDIT_GROUPS, 0.0) * tl.abs(x)
-                if phase != 2:
+                if phase % 2:
                     if THRESHOLD:
                         visible = visible & (x >= threshold[:, None])
                     if UNIFORM:
@@ -386,7 +412,7 @@ def rows_kernel(
                             surprise -= tl.sum(p * tl.where(weight > 0, x + tl.log2(weight), 0.0), 1)
                         else:
                             surprise -= tl.sum(p * x, 1)
-                elif phase == 4:
+                elif phase == 5:
                     if FOLD:
                         p = tl.exp2(x * row_scale[:, None] - final[:, None])
                     else:
@@ -404,6 +430,8 @@ def rows_kernel(
                         rises = largest > top
                         # Skipping this where no row rises costs more than it saves: all warps would have to agree first.
                         which = tl.min(tl.where(x == largest_raw[:, None], cols[None, :], 2147483647), 1)
+                        if MERGED:
+                            rises = rises | ((largest == top) & (which < top_key))
                         top_key = tl.where(rises, which, top_key)
                     # A row that has seen nothing yet is measured against 0: against its own huge negative score, a fused
                     # multiply-add would leave the rounding error of that score.
@@ -436,7 +464,7 @@ def rows_kernel(
                         p = p * weight
 
                 # What is read off the tile
-                if IN_TILE & (phase != 4):
+                if IN_TILE & (phase != 5):
                     in_tile = tl.sum(p, 1)
                     total += in_tile
                     if MASS and (not GROUPS):
@@ -481,6 +509,8 @@ def rows_kernel(
                     if ROW_STATS:
                         rises = largest > top
                         which = tl.min(tl.where(p == largest[:, None], cols[None, :], 2147483647), 1)
+                        if MERGED:
+                            rises = rises | ((largest == top) & (which < top_key))
                         top_key = tl.where(rises, which, top_key)
                         top = tl.maximum(top, largest)
                     if TOPK:
@@ -528,9 +558,9 @@ def rows_kernel(
                         member = tl.load(groups_ptr + b * groups_b + cols, mask=col_ok, other=-1).to(tl.int32)
                         p = tl.where((member == tl.program_id(1))[None, :], p, 0.0)
                     v_at = v_base + cols.to(tl.int64)[:, None] * v_n + v_dims[None, :]
-                    if (phase != 2) and (DV != V_DIM):
+                    if (phase % 2) and (DV != V_DIM):
                         v = tl.load(v_at, mask=col_ok[:, None] & (v_dims < V_DIM)[None, :], other=0.0)
-                    elif phase != 2:
+                    elif phase % 2:
                         v = tl.load(v_at, mask=col_ok[:, None], other=0.0)
                     elif DV != V_DIM:
                         v = tl.load(v_at, mask=(v_dims < V_DIM)[None, :], other=0.0)
@@ -540,6 +570,10 @@ def rows_kernel(
                         acc = product_add(p, v, acc, UPCAST, PRECISION)
                     else:
                         acc = product_add(p.to(v.dtype), v, acc, UPCAST, PRECISION)
+            if phase == 0:
+                kept_acc = acc
+                kept_top = top
+                acc = tl.zeros([BM, DV], tl.float32)
 
     # The end of the softmax
     row_at = head_row + rows

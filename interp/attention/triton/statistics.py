@@ -15,7 +15,7 @@ statistics per query are kept for the pair, at half the registers.
 import triton
 import triton.language as tl
 
-from interp.attention.triton.tiles import HIDDEN, LN2, LOG2E, capped, product
+from interp.attention.triton.tiles import HIDDEN, LN2, LOG2E, capped, product, seen_keys, whole_tiles
 
 RUNNING_INTS = [
     "n_queries", "n_keys", "delta", "kv_offset", "left", "right", "row_scale_b", "row_scale_h", "row_scale_q", "padding_b",
@@ -133,31 +133,17 @@ def statistics_kernel(
         highest = tl.max(of_rows, 0)
     uniform = (lowest == highest) & (lowest >= 0)
 
-    lo = 0
-    hi = n_keys
-    if CAUSAL:
-        hi = tl.minimum(hi, last_row + delta + 1)
-    if RIGHT:
-        hi = tl.minimum(hi, last_row + delta + right + 1)
-    if LEFT:
-        lo = tl.maximum(lo, first_row + delta - left)
+    first_real = 0
     if PADDING:
-        lo = tl.maximum(lo, tl.load(first_ptr + b * first_b) - kv_offset)
-    hi = tl.maximum(hi, 0)
-    all_lo = lo
-    all_hi = hi
-    if CAUSAL:
-        all_hi = tl.minimum(all_hi, first_row + delta + 1)
-    if RIGHT:
-        all_hi = tl.minimum(all_hi, first_row + delta + right + 1)
-    if LEFT:
-        all_lo = tl.maximum(all_lo, last_row + delta - left)
+        first_real = tl.load(first_ptr + b * first_b) - kv_offset
+    lo, hi, all_lo, all_hi = seen_keys(
+        first_row, last_row, n_keys, delta, left, right, first_real, CAUSAL, LEFT, RIGHT, PADDING
+    )
     lo = lo // BN * BN
     if not LEFT:
         all_lo = lo
     hi = tl.maximum(tl.cdiv(hi, BN) * BN, lo)
-    all_lo = tl.minimum(tl.cdiv(tl.maximum(all_lo, lo), BN) * BN, hi)
-    all_hi = tl.maximum(all_hi // BN * BN, all_lo)
+    all_lo, all_hi = whole_tiles(lo, hi, all_lo, all_hi, BN)
     if PADDING or not uniform:
         all_hi = all_lo
 
@@ -291,19 +277,16 @@ def mass_kernel(
             divisor_at = row_scale_ptr + b * row_scale_b + h * row_scale_h + rows * row_scale_q
             row_scale = (row_scale / tl.load(divisor_at, mask=row_ok, other=1.0).to(tl.float32))[:, None]
         q_slot = (rows + delta)[:, None]
-        lo = 0
-        hi = n_keys
-        if CAUSAL:
-            hi = tl.minimum(hi, block * BM + BM + delta)
-        if RIGHT:
-            hi = tl.minimum(hi, block * BM + BM + delta + right)
-        if LEFT:
-            lo = tl.maximum(lo, block * BM + delta - left)
+        first_real = 0
         if PADDING:
-            lo = tl.maximum(lo, tl.load(first_ptr + b * first_b) - kv_offset)
+            first_real = tl.load(first_ptr + b * first_b) - kv_offset
+        last_row = tl.minimum(block * BM + BM, n_queries) - 1
+        lo, hi, _, _ = seen_keys(
+            block * BM, last_row, n_keys, delta, left, right, first_real, CAUSAL, LEFT, RIGHT, PADDING
+        )
         run_at = table_ptr + b * table_b + tl.cdiv(n_keys, BN) + 1
         tile = lo // BN
-        stop = tl.cdiv(tl.maximum(hi, 0), BN)
+        stop = tl.cdiv(hi, BN)
         while tile < stop:
             run = tl.load(run_at + tile).to(tl.int32)
             first = tl.where(run > 0, tile + run, tile)

@@ -138,28 +138,39 @@ def block_table(groups: Tensor | None, bn: int, nothing: Tensor) -> Arguments:
         count = (only.unsqueeze(-1) == numbers).sum(1)
         rest = torch.where(count == count.amax(1, keepdim=True), numbers, MAX_GROUPS).amin(1, keepdim=True).int()
         of_rest = only == rest
-        number = torch.arange(only.shape[1], device=groups.device)
-        last = torch.nn.functional.pad(of_rest[:, 1:] != of_rest[:, :-1], (0, 1), value=True)
-        end = torch.where(last, number, only.shape[1]).flip(1).cummin(1).values.flip(1)
-        run = (end - number + 1).int()
+        run = (_ends(of_rest) - torch.arange(only.shape[1], device=groups.device)).int()
         kept[bn] = torch.cat([only, rest, torch.where(of_rest, run, -run)], 1).contiguous()
     table = kept[bn]
     return {"table_ptr": table, "table_b": strides(table, 1)[0]}
 
 
-def moved_tiles(groups: Tensor, touched: int, bn: int, nothing: Tensor) -> Tensor:
-    """Tiles of keys with a group of ``touched`` (bits) in them, int32 ``[B|1, 2 n + 1]`` for n tiles.
+def moved_tiles(groups: Tensor, source: int, target: int, bn: int, nothing: Tensor) -> Tensor:
+    """Tiles of keys with a source or target group (given as bits) in them, int32 ``[B|1, 2 n + 4]`` for n tiles.
 
-    First how many of them lie before tile 0, 1, ... n, then their numbers. Kept on the groups tensor.
+    First how many of them lie before tile 0, 1, ... n, then their numbers; then the longest run of tiles that are nothing but
+    target, or nothing but source: its first tile, the tile after its last, and 1 or 2 for which. Kept on the groups tensor.
     """
-    kept, key = _kept(groups), (bn, touched)
+    kept, key = _kept(groups), (bn, source, target)
     if key not in kept:
         table: Tensor = block_table(groups, bn, nothing)["table_ptr"]
         n_tiles = table.shape[1] // 2
         only = table[:, :n_tiles]
-        inside = (only == -2) | ((only >= 0) & ((touched >> only.clamp_min(0)) & 1).bool())
-        before = torch.nn.functional.pad(inside.int().cumsum(1, dtype=torch.int32), (1, 0))
         number = torch.arange(n_tiles, device=groups.device, dtype=torch.int32)
+        of = lambda bits: (only >= 0) & ((bits >> only.clamp_min(0)) & 1).bool()  # noqa: E731
+        inside = (only == -2) | of(source | target)
+        before = torch.nn.functional.pad(inside.int().cumsum(1, dtype=torch.int32), (1, 0))
         order = torch.where(inside, number, n_tiles).sort(1).values
-        kept[key] = torch.cat([before, order], 1).int().contiguous()
+        part = of(target).int() + 2 * of(source).int()
+        length = torch.where(part > 0, _ends(part) - number, 0)
+        first = length.argmax(1, keepdim=True)
+        run = [first, first + length.gather(1, first), part.gather(1, first)]
+        kept[key] = torch.cat([before, order, *run], 1).int().contiguous()
     return kept[key]
+
+
+def _ends(kinds: Tensor) -> Tensor:
+    """For each block ``[B, n]`` the number of the first one after it that is of another kind, n where there is none."""
+    n = kinds.shape[1]
+    number = torch.arange(1, n + 1, device=kinds.device)
+    last = torch.nn.functional.pad(kinds[:, 1:] != kinds[:, :-1], (0, 1), value=True)
+    return torch.where(last, number, n).flip(1).cummin(1).values.flip(1)

@@ -83,6 +83,44 @@ def near(query_coords, key_coords, query_base, key_base, rows, row_ok, cols, col
 
 
 @triton.jit
+def seen_keys(
+    first_row, last_row, n_keys, delta, left, right, first_real, CAUSAL: tl.constexpr, LEFT: tl.constexpr,
+    RIGHT: tl.constexpr, PADDING: tl.constexpr,
+):  # fmt: skip
+    """Slots ``lo : hi`` outside which no row of a block sees a key, and ``all_lo : all_hi`` in which every row sees them all.
+
+    Padding between the first real key and the last is not looked at.
+    """
+    lo = 0
+    hi = n_keys
+    if CAUSAL:
+        hi = tl.minimum(hi, last_row + delta + 1)
+    if RIGHT:
+        hi = tl.minimum(hi, last_row + delta + right + 1)
+    if LEFT:
+        lo = tl.maximum(lo, first_row + delta - left)
+    if PADDING:
+        lo = tl.maximum(lo, first_real)
+    hi = tl.maximum(hi, 0)
+    all_lo = lo
+    all_hi = hi
+    if CAUSAL:
+        all_hi = tl.minimum(all_hi, first_row + delta + 1)
+    if RIGHT:
+        all_hi = tl.minimum(all_hi, first_row + delta + right + 1)
+    if LEFT:
+        all_lo = tl.maximum(all_lo, last_row + delta - left)
+    return lo, hi, all_lo, all_hi
+
+
+@triton.jit
+def whole_tiles(lo, hi, all_lo, all_hi, BN: tl.constexpr):
+    """The slots that all rows see, cut to whole tiles within ``lo : hi``; ``lo`` begins a tile."""
+    all_lo = tl.minimum(tl.cdiv(tl.maximum(all_lo, lo), BN) * BN, tl.cdiv(hi, BN) * BN)
+    return all_lo, tl.maximum(tl.minimum(all_hi, hi) // BN * BN, all_lo)
+
+
+@triton.jit
 def finished(top, total, sink, uniform, SINKS: tl.constexpr, UNIFORM: tl.constexpr):
     """The end of a running softmax: rows that saw something, their log2-sum-exp2, and ``exp2(top - lse2)``.
 

@@ -34,7 +34,7 @@ def test_the_table_of_tiles_by_hand() -> None:
 
 def test_tiles_whose_mass_moves_by_hand() -> None:
     groups = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2, -1, -1]], dtype=torch.int8, device=DEVICE)
-    moved = moved_tiles(groups, 0b101, 2, placeholder(DEVICE))[0].tolist()
+    moved = moved_tiles(groups, 0b001, 0b100, 2, placeholder(DEVICE))[0].tolist()
     assert moved[:6] == [0, 1, 2, 2, 3, 3]
     assert moved[6:9] == [0, 1, 3]
 
@@ -139,7 +139,7 @@ def test_the_log_sum_exp_of_sdpa_is_not_asked_for_where_it_has_no_softcap(monkey
     monkeypatch.setattr(backend, "DECODE_ROWS", 0)
     readout = Readout(row_stats=True, received=True)
     for softcap, sinks in ((None, None), (2.0, None), (None, torch.randn(2, device=DEVICE))):
-        given = {**operands(), "softcap": softcap, "sinks": sinks, "readout": readout}
+        given: dict[str, Any] = {**operands(), "softcap": softcap, "sinks": sinks, "readout": readout}
         got, wanted = attend(**given, backend="triton"), attend(**given, backend="reference")
         torch.testing.assert_close(got.output, wanted.output, atol=1e-5, rtol=1e-5)
         for name in ("lse", "entropy", "received", "sink_share"):
@@ -156,7 +156,7 @@ def test_a_second_gpu(rows: int) -> None:
     given["q"] = given["q"][:, :, :rows].contiguous()
     readout = Readout(row_stats=True, received=True)
     first = attend(**given, readout=readout, backend="triton")
-    there = {name: x.to("cuda:1") if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+    there: dict[str, Any] = {name: x.to("cuda:1") if isinstance(x, torch.Tensor) else x for name, x in given.items()}
     second = attend(**there, readout=readout, backend="triton")
     assert second.output is not None
     assert second.output.device.index == 1
