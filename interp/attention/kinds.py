@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +19,16 @@ from interp.attention.backends import Backend
 from interp.attention.edits import Edit
 from interp.attention.mask import Mask
 from interp.attention.readouts import Readout
-from interp.attention.versions import Seen, tensors, unchanged
+from interp.attention.versions import Seen, unchanged
 
 KEPT = 64
 """Kinds remembered; a forward of a large vision-language model makes about ten."""
+
+
+Short = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+"""z ``[B, Lq, H, Dv]`` from q, k, v, sinks and bias."""
+SHORT = "short"
+"""Where a backend leaves, in the memo of a kind that nobody reads or differentiates, a shorter way for calls after the first."""
 
 
 @dataclass(eq=False)
@@ -42,6 +49,11 @@ class Kind:
     versions: Seen
     readout: Readout
     memo: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def short(self) -> Short | None:
+        """The way of later calls where the backend has left one."""
+        return self.memo.get(SHORT)
 
     @property
     def current(self) -> bool:
@@ -65,7 +77,7 @@ KEPT_BYTES = 4 << 20
 
 def remember(key: tuple[Any, ...], kind: Kind) -> None:
     """Keep a kind, unless its tensors are large."""
-    if sum(x.numel() * x.element_size() for thing in kind.holds for x in tensors(thing)) > KEPT_BYTES:
+    if sum(tensor.nbytes for tensor, _ in kind.versions) > KEPT_BYTES:
         return
     with _lock:
         _kinds[key] = kind

@@ -5,9 +5,9 @@ PyTorch counts the changes of a tensor, but not of one made in inference mode; o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -45,13 +45,31 @@ def _same(tensor: Tensor, copy: Tensor) -> bool:
     return torch.equal(tensor, copy)
 
 
-def tensors(thing: Any) -> Iterator[Tensor]:
+def tensors(thing: Any) -> list[Tensor]:
     """The tensors in a dataclass or tuple, however deep."""
+    found: list[Tensor] = []
+    _collect(thing, found)
+    return found
+
+
+def _collect(thing: Any, found: list[Tensor]) -> None:
     if isinstance(thing, Tensor):
-        yield thing
+        found.append(thing)
     elif isinstance(thing, tuple):
-        for part in thing:
-            yield from tensors(part)
-    elif is_dataclass(thing) and not isinstance(thing, type):
-        for f in fields(thing):
-            yield from tensors(getattr(thing, f.name))
+        for part in cast(tuple[Any, ...], thing):
+            if type(part) not in PLAIN:
+                _collect(part, found)
+    else:
+        for name in _names(type(thing)):
+            part = getattr(thing, name)
+            if type(part) not in PLAIN:
+                _collect(part, found)
+
+
+PLAIN = frozenset((type(None), bool, int, float, str))
+"""What holds no tensor, which most fields are. Every call of a new kind looks at all of them."""
+
+
+@functools.lru_cache(maxsize=256)
+def _names(kind: type) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(kind)) if is_dataclass(kind) else ()

@@ -30,6 +30,7 @@ from interp.attention.edits import (
     Threshold,
     Uniform,
 )
+from interp.attention.kinds import SHORT
 from interp.attention.readouts import Readings, Readout
 from interp.attention.triton import tiles
 from interp.attention.triton.counting import received_rows
@@ -75,7 +76,8 @@ def supports(call: Call) -> str | None:
 
 def run(call: Call) -> tuple[Tensor | None, Readings]:
     """z ``[B, Lq, H, Dv]`` in q's dtype (None where not wanted) and the readings."""
-    if call.needs_grad and call.want_output:
+    recording = torch.is_grad_enabled()
+    if recording and call.needs_grad and call.want_output:
         return differentiable(call), Readings()
     with torch.no_grad():
         memo = {} if call.memo is None else call.memo
@@ -83,6 +85,8 @@ def run(call: Call) -> tuple[Tensor | None, Readings]:
         if plan is None:
             few = call.shape[2] <= DECODE_ROWS and supports_decode(call) is None
             plan = memo["triton"] = Decoding(call) if few else Plan(call)
+            if isinstance(plan, Decoding) and plan.short is not None and not recording:
+                memo[SHORT] = plan.short
         return plan.run(call)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from interp.attention import measure, reference
 from interp.attention.call import Call
 from interp.attention.edits import GroupWeights, Redistribute, Uniform
+from interp.attention.kinds import Short
 from interp.attention.mask import Visible
 from interp.attention.readouts import Readings
 from interp.attention.triton.decode_arguments import Work
@@ -64,6 +65,17 @@ class Decoding:
         wanted: dict[str, Any] = {"output": call.want_output, "row_stats": self.stats, "known": self.from_map}
         self.wanted = wanted
         self.main = Pass(self.work, asked, **wanted)
+        plain = call.want_output and not (self.stats or self.from_map or self.in_turn)
+        self.short: Short | None = self._output if plain else None
+
+    def _output(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor | None) -> Tensor:
+        """z of a call of this kind, of which nothing else is wanted."""
+        x = Live(row_major(q), row_major(k), row_major(v), sinks, None if bias is None else row_major(bias))
+        index = q.device.index
+        if index is None or index == torch.cuda.current_device():
+            return self.main.output_of(x)
+        with torch.cuda.device(index):
+            return self.main.output_of(x)
 
     def run(self, call: Call) -> tuple[Tensor | None, Readings]:
         """z and readings of a call of this kind."""

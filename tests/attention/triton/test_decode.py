@@ -26,6 +26,8 @@ from interp.attention import (
     Temperature,
     Threshold,
     Uniform,
+    attend,
+    kinds,
     reference,
 )
 from interp.attention.call import Call
@@ -317,3 +319,26 @@ def test_what_is_no_decoding() -> None:
     meta = torch.empty(64, 4, 1, 16, device="meta")
     long = torch.empty(64, 2, 1 << 20, 16, device="meta")
     assert "map" in decoding.supports_decode(replace(big, q=meta, k=long, v=long))  # pyright: ignore[reportOperatorIssue]
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_later_calls_of_a_kind_take_the_short_way(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_launch, "forced_parts", splits)
+    kinds.clear()
+    weight, mask = torch.tensor([0.5, 2.0, 1.0]).view(1, 1, 1, 3), Mask(causal=True, q_offset=KEYS - 1)
+    edit = Edit((Gain(rand(2, 4, 1)), GroupWeights(weight, renormalise=True)), groups(), n_groups=3)
+    sinks = rand(4)
+    for n in range(4):
+        q, k, v = rand(2, 4, 1, 16), rand(2, 2, KEYS, 16), rand(2, 2, KEYS, 24)
+        if n == 2:
+            k = k.transpose(-1, -2).contiguous().transpose(-1, -2)  # another layout, so another kind
+        if n == 3:
+            weight[..., 0] = 0.0
+        given: dict[str, Any] = {"scale": 0.4, "mask": mask, "edit": edit, "sinks": sinks}
+        with torch.no_grad():
+            got = attend(q, k, v, **given, backend="triton")
+        assert got.readings.backend == "triton"
+        wanted = attend(q, k, v, **given, backend="reference").output
+        torch.testing.assert_close(got.output, wanted, atol=5e-6, rtol=5e-6)
+    (short,) = {kind.short is not None for kind in kinds._kinds.values() if kind.backend_name == "triton"}  # pyright: ignore[reportPrivateUsage]
+    assert short
