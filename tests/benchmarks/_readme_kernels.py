@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from _results import result, table, where
+from _results import RESULTS, result, table, where
 
 Rows = list[dict[str, Any]]
 # Seen in the hardware counters and the compiled code of these kernels; holds for every goal on speed beside cuDNN.
@@ -61,25 +61,33 @@ def of(rows: Rows, **wanted: Any) -> dict[str, Any]:
     return next(row for row in rows if all(row.get(key) == value for key, value in wanted.items()))
 
 
+def found(rows: Rows, **wanted: Any) -> dict[str, Any] | None:
+    """The row, or None where it was not measured."""
+    return next((row for row in rows if all(row.get(key) == value for key, value in wanted.items())), None)
+
+
 def prefill_table(rows: Rows) -> list[str]:
     columns = {
         "untouched": "untouched", "own forward": "own forward", "own forward, row statistics": "with row statistics",
         "columns": "output and column sums", "everything": "everything", "FlexAttention": "FlexAttention",
-        "FlexAttention twice (columns)": "FlexAttention, column sums", "eager with maps": "eager with maps",
+        "FlexAttention twice (columns)": "FlexAttention, column sums",
+        "output and column sums as FlagAttention": "SDPA and FlagAttention's column sums", "eager with maps": "eager with maps",
     }  # fmt: skip
+    columns = {what: name for what, name in columns.items() if found(rows, what=what) is not None}
     lines = []
     for shape in dict.fromkeys(row["shape"] for row in rows):
-        found = {row["what"]: row for row in rows if row["shape"] == shape}
-        cells = [f"{found[what]['x SDPA']:.2f}" if what in found else "-" for what in columns]
-        lines.append([shape, f"{found['SDPA']['ms']:.3f} ms ({found['SDPA']['TFLOP/s']} TFLOP/s)", *cells])
+        at = {row["what"]: row for row in rows if row["shape"] == shape}
+        cells = [f"{at[what]['x SDPA']:.2f}" if what in at else "-" for what in columns]
+        lines.append([shape, f"{at['SDPA']['ms']:.3f} ms ({at['SDPA']['TFLOP/s']} TFLOP/s)", *cells])
     return table(["batch, heads / KV heads, tokens, head dim", "SDPA", *columns.values()], lines)
 
 
 def edits_table(rows: Rows) -> list[str]:
     kinds = [what for what in dict.fromkeys(row["what"] for row in rows) if what not in ("plain", "SDPA")]
     lines = [
-        [str(tokens), *(f"{of(rows, tokens=tokens, what=what)['x plain']:.2f}" for what in kinds)]
+        [str(tokens), *("-" if row is None else f"{row['x plain']:.2f}" for row in at)]
         for tokens in dict.fromkeys(row["tokens"] for row in rows)
+        for at in [[found(rows, tokens=tokens, what=what) for what in kinds]]
     ]
     return table(["tokens", *kinds], lines)
 
@@ -100,6 +108,11 @@ def model_table(rows: Rows) -> list[str]:
         ["what", "how", "ms or tokens/s", "x plain"],
         [[r["what"], r["how"], str(r.get("ms", r.get("tokens/s"))), f"{r['x plain']:.2f}"] for r in rows],
     )
+
+
+def goals_of_generation() -> Rows:
+    """Rows of a model compiled with a static cache, where they were measured."""
+    return result("kernels_static")["rows"] if (RESULTS / "kernels_static.json").exists() else []
 
 
 def goals(prefill: Rows, edits: Rows, decode: Rows, model: Rows, host: Rows) -> list[str]:
@@ -139,6 +152,11 @@ def goals(prefill: Rows, edits: Rows, decode: Rows, model: Rows, host: Rows) -> 
     at_most("host time over SDPA's, untouched prefill", 40, many["untouched"] - many["SDPA"], " us")
     at_most("host time over SDPA's, untouched step of decoding", 18, one["untouched"] - one["SDPA"], " us")
     at_most("row statistics with the exact top key, of own forward, 16k", 1.20, against_own)
+    for what in ("topk 8", "group output of 64 rows"):
+        row = found(prefill, shape=long, what=f"row statistics and {what}")
+        if row is not None:
+            beside = row["x SDPA"] / sdpa(long, "own forward")
+            checks.append((f"row statistics and {what}, of own forward, 16k", "a line", f"{beside:.3g}", True))
     at_most("everything, of SDPA, 4k causal", 1.8, everything["x SDPA"])
     at_most("everything, of SDPA, 16k causal", 1.7, sdpa(long, "everything"))
     at_most("everything, of SDPA, 8192 full, head dim 64", 1.7, sdpa(full, "everything"))
@@ -147,6 +165,9 @@ def goals(prefill: Rows, edits: Rows, decode: Rows, model: Rows, host: Rows) -> 
     at_most("redistribution, of own forward, 4k", 1.15, moved(4096))
     at_most("redistribution, of own forward, 16k", 1.15, moved(16384))
     at_least("streaming heads at 16k, times faster than own causal", 5.5, streaming)
+    half = found(edits, tokens=32768, what="streaming, half of the heads")
+    if half is not None:
+        at_least("half of the heads streaming at 32k, times faster than own causal", 1.65, 1 / half["x plain"])
     at_least("decoding with 0.5 GB of keys and values or more", 3.44, slowest, " TB/s")
     at_most("decoding, time against SDPA, worst of all sizes", 1.0, behind)
     at_least("decoding, times faster than FlexAttention, worst of all sizes", 1.0, flex)
@@ -155,4 +176,13 @@ def goals(prefill: Rows, edits: Rows, decode: Rows, model: Rows, host: Rows) -> 
     at_most("whole model, prefill of 32k", 1.30, read(32768))
     at_least("generation with head gains, speed of the plain one", 0.97, speed("head gains"))
     at_least("generation with redistribution", 0.92, speed("redistribution"))
+    for how, goal in (("head gains", 0.97), ("redistribution", 0.92)):
+        row, name = (
+            found(goals_of_generation(), how=how),
+            f"the same with {how}, compiled with a static cache (stretch)",
+        )
+        if row is not None and "x plain" in row:
+            at_least(name, goal, row["x plain"])
+        elif row is not None:
+            checks.append((name, f">= {goal:g}", row["failed"], False))
     return table(["goal", "set", "measured", "met"], [[a, b, c, "yes" if met else "**no**"] for a, b, c, met in checks])

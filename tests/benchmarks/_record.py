@@ -137,13 +137,20 @@ def machine() -> dict[str, object]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of what is measured, and the commit (``-dirty`` where files differ from it)."""
+    """Versions of Python and of what is measured, and the commit (``-dirty`` where files differ from it).
+
+    ``HEADSCOPE_COMMIT`` names the commit where the files are a copy, whose own history says nothing about them.
+    """
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
+    named = os.environ.get("HEADSCOPE_COMMIT")
+    if named:
+        found["commit"] = named
+        return found
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True, text=True, check=False
     )

@@ -1,6 +1,6 @@
 """The Triton kernels on one GPU, beside SDPA, FlexAttention and eager attention.
 
-python tests/benchmarks/bench_kernels.py [prefill] [edits] [decode] [host] [model] [long]
+python tests/benchmarks/bench_kernels.py [prefill] [edits] [decode] [host] [long]
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from _competitors import column_sums
 from _gpu import gpu_times, host_microseconds, peak_extra_mib
 from _record import record
 
@@ -25,6 +26,7 @@ from interp.attention import (
     Temperature,
     attend,
 )  # fmt: skip
+from interp.attention.sdpa import fused
 
 SHAPES = {
     "1, 32/8, 4096, 128 causal": (1, 32, 8, 4096, 128, True),
@@ -63,6 +65,7 @@ def prefill() -> None:
         text, image = groups_of(n), groups_of(n, image=(35, min(611, n - 9)))
         everything = Readout(row_stats=True, groups=text, n_groups=4, received=True, pooled=64)
         with_image = Readout(row_stats=True, groups=image, n_groups=4, received=True, pooled=64)
+        some_rows = torch.arange(64, device="cuda") * (n // 64)
 
         def sdpa(q: Any = q, k: Any = k, v: Any = v, causal: bool = causal, gqa: bool = gqa) -> Any:
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=gqa)
@@ -82,9 +85,10 @@ def prefill() -> None:
                 Readout(row_stats=True, groups=text, n_groups=4), backend="triton"
             ),
             "topk 8": call(Readout(topk=8), backend="triton"),
-            "group output of 64 rows": call(
-                Readout(group_output=torch.arange(64, device="cuda") * (n // 64), groups=text, n_groups=4),
-                backend="triton",
+            "group output of 64 rows": call(Readout(group_output=some_rows, groups=text, n_groups=4), backend="triton"),
+            "row statistics and topk 8": call(Readout(row_stats=True, topk=8), backend="triton"),
+            "row statistics and group output of 64 rows": call(
+                Readout(row_stats=True, group_output=some_rows, groups=text, n_groups=4), backend="triton"
             ),
             "columns": call(Readout(received=True), backend="triton"),
             "everything": call(everything),
@@ -92,6 +96,7 @@ def prefill() -> None:
         }
         for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
             functions[f"SDPA {backend.split('_')[0].lower()}"] = pinned(sdpa, backend)
+        functions["output and column sums as FlagAttention"] = with_column_sums(q, k, v, scale, causal, gqa)
         if n <= 4096:
             functions["eager with maps"] = eager(q, k, v, scale, causal)
         flex = compiled_flex(q, k, v, causal, gqa) if batch == 1 else {}
@@ -142,6 +147,19 @@ def eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causa
     return run
 
 
+def with_column_sums(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool, gqa: bool
+) -> Callable[[], object]:
+    """SDPA with its log-sum-exp, and then FlagAttention's pass for column sums: all of what that system reads."""
+
+    def run() -> object:
+        made = fused(q, k, v, causal=causal, scale=scale, enable_gqa=gqa)
+        assert made is not None
+        return made[0], column_sums(q, k, made[1], scale=scale, causal=causal)
+
+    return run
+
+
 def compiled_flex(q: Any, k: Any, v: Any, causal: bool, gqa: bool) -> dict[str, Callable[[], object]]:
     """FlexAttention, and its column sums: a second call with queries and keys swapped and the log-sum-exp subtracted."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -173,7 +191,7 @@ def compiled_flex(q: Any, k: Any, v: Any, causal: bool, gqa: bool) -> dict[str, 
 def edits() -> None:
     """Edits inside the kernel, against the plain forward of the same kernel."""
     rows: list[Row] = []
-    for n in (4096, 16384):
+    for n in (4096, 16384, 32768):
         q, k, v = operands(1, 32, 8, n, 128)
         mask, scale = Mask(causal=True), 128**-0.5
         ones = torch.ones(1, 32, 1, device="cuda")
@@ -194,11 +212,13 @@ def edits() -> None:
             "streaming, all heads": Edit((SinkWindow(64, 1024),)),
             "streaming, half of the heads": Edit((SinkWindow(64, halves),)),
         }
+        # Long prompts are there for the streaming heads.
+        chosen = {what: edit for what, edit in cases.items() if n < 32768 or what.startswith(("plain", "streaming"))}
         functions = {
             what: (
                 lambda edit=edit, q=q, k=k, v=v: attend(q, k, v, scale=scale, mask=mask, edit=edit, backend="triton")
             )
-            for what, edit in cases.items()
+            for what, edit in chosen.items()
         }
         functions["SDPA"] = lambda q=q, k=k, v=v: torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=True

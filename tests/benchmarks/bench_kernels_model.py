@@ -1,13 +1,17 @@
 """A whole model under the kernels: prefill with every head read, and generation with heads changed.
 
 A model of Llama-3-8B's shape with random bf16 weights, on one GPU with 24 GB free or more.
+
+python tests/benchmarks/bench_kernels_model.py [layers] [prefill] [generation] [static]
 """
 
 from __future__ import annotations
 
+import signal
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
@@ -107,11 +111,14 @@ class Move(interp.Intervention):
         return self.edits[n_keys]
 
 
-def generation(model: Any) -> list[Row]:
+STEPS = 64
+
+
+def generators(model: Any, **more: Any) -> dict[str, Callable[[], object]]:
+    """Greedy generation after a prompt of 640: plain, with four heads' gains 0, with a redistribution in every head."""
     ids = torch.randint(0, 128000, (1, 640), device="cuda")
-    steps = 64
     heads = [interp.Head(5, h) for h in range(4)]
-    options = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False, "pad_token_id": 0, **more}
     ones = torch.ones_like(ids)
 
     def plain() -> Any:
@@ -124,36 +131,79 @@ def generation(model: Any) -> list[Row]:
 
         return run
 
-    functions = {
+    return {
         "plain": plain,
+        "hooked, nothing changed": hooked(),
         "head gains": hooked(interp.MaskHeads(heads, kind="zero")),
         "redistribution": hooked(Move(576)),
     }
-    times = seconds(functions, 5)
-    return [
-        {
-            "what": f"generation of {steps} after 640",
-            "how": name,
-            "tokens/s": round(steps / s, 1),
-            "x plain": round(times["plain"] / s, 3),
-        }
-        for name, s in times.items()
-    ]
+
+
+def generation(model: Any) -> list[Row]:
+    times = seconds(generators(model), 5)
+    return [speed(f"generation of {STEPS} after 640", name, s, times["plain"]) for name, s in times.items()]
+
+
+def speed(what: str, how: str, s: float, plain: float) -> Row:
+    return {"what": what, "how": how, "tokens/s": round(STEPS / s, 1), "x plain": round(plain / s, 3)}
+
+
+def static(model: Any) -> list[Row]:
+    """Generation with a static cache, which transformers compiles; a way that fails or takes too long says so in its row."""
+    what, rows = f"generation of {STEPS} after 640, static cache, compiled", list[Row]()
+    plain = None
+    for name, function in generators(model, cache_implementation="static").items():
+        try:
+            with at_most(STATIC_SECONDS):
+                s = seconds({name: function}, 3)[name]
+        except Exception as error:
+            rows.append({"what": what, "how": name, "failed": f"{type(error).__name__}: {str(error)[:160]}"})
+            continue
+        plain = s if plain is None else plain
+        rows.append(speed(what, name, s, plain))
+    return rows
+
+
+STATIC_SECONDS = 75
+
+
+@contextmanager
+def at_most(limit: int) -> Generator[None]:
+    """Raise TimeoutError in what takes longer than so many seconds."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"stopped after {limit} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(limit)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def main() -> None:
+    numbers = [int(x) for x in sys.argv[1:] if x.isdigit()]
+    parts = [x for x in sys.argv[1:] if not x.isdigit()] or ["prefill", "generation", "static"]
+    unknown = [x for x in parts if x not in ("prefill", "generation", "static")]
+    if unknown:
+        print(__doc__)
+        raise SystemExit(0 if unknown == ["--help"] else 2)
     if not torch.cuda.is_available():
         print("-- no CUDA GPU here: nothing to measure")
         return
-    layers = int(sys.argv[1]) if len(sys.argv) > 1 else 32
+    layers = numbers[0] if numbers else 32
     model = build(layers)
+    shape = f"Llama-3-8B's shape, {layers} layers, random bf16 weights, batch 1"
     with torch.no_grad():
-        rows = prefill(model) + generation(model)
-    record(
-        "kernels_model",
-        rows,
-        note=f"Llama-3-8B's shape, {layers} layers, random bf16 weights, batch 1; x plain is time for prefill, speed for generation",
-    )
+        rows = generation(model) if "generation" in parts else []
+        if "prefill" in parts:
+            rows = prefill(model) + rows
+        if rows:
+            record("kernels_model", rows, note=f"{shape}; x plain is time for prefill, speed for generation")
+        if "static" in parts:
+            record("kernels_static", static(model), note=f"{shape}; x plain is speed; compiled by generate's own rules")
 
 
 if __name__ == "__main__":

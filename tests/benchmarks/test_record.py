@@ -45,6 +45,16 @@ if __name__ == "__main__":
 """
 
 
+def test_the_commit_of_a_copy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(HERE))
+    import _record
+
+    monkeypatch.setenv("HEADSCOPE_COMMIT", "abc1234")
+    assert _record.versions()["commit"] == "abc1234"
+    monkeypatch.delenv("HEADSCOPE_COMMIT")
+    assert _record.versions().get("commit") != "abc1234"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_measure_peak_and_record(tmp_path: Path) -> None:
     script = tmp_path / "bench_trial.py"
