@@ -12,9 +12,12 @@ The generators are vectorised and know of every answer token which earlier posit
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -66,17 +69,31 @@ class Batch:
 
 def tokenizer() -> Any:
     """A ``PreTrainedTokenizerFast`` of the vocabulary: words split at white space, ``<bos>`` put in front."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token=SPECIAL[UNK]))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-    words.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
+    bos, text = {"SpecialToken": {"id": "<bos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    front = {"id": "<bos>", "ids": [BOS], "tokens": ["<bos>"]}
+    whole = {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [bos, text],
+            "pair": [bos, text, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {"<bos>": front},
+        },
+        # Joins words with a space.
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": False},
+        "model": {"type": "WordLevel", "vocab": {w: i for i, w in enumerate(VOCABULARY)}, "unk_token": SPECIAL[UNK]},
+    }
     names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, padding_side="left", clean_up_tokenization_spaces=False, model_max_length=1024, **names
-    )
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "tokenizer.json")
+        file.write_text(json.dumps(whole), encoding="utf-8")
+        return PreTrainedTokenizerFast(
+            tokenizer_file=str(file), padding_side="left", clean_up_tokenization_spaces=False, model_max_length=1024, **names
+        )  # fmt: skip
 
 
 def repeated(rng: np.random.Generator, n: int, length: int, *, period: int | None = None) -> Batch:

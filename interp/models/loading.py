@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from interp.models.base_edit import FILE, attach, read
 from interp.models.cache import manifest
 from interp.models.classes import model_class
 from interp.models.errors import LoadError
@@ -39,6 +40,8 @@ def load(
 ) -> Model:
     """Load a model, in eval mode.
 
+    A ``headscope.json`` beside the weights plants a permanent base edit (see :mod:`interp.models.base_edit`).
+
     Args:
         source: one of
 
@@ -58,7 +61,7 @@ def load(
             ``local_files_only``, ...
 
     Raises:
-        LoadError: no model there, names the source and what to do.
+        LoadError: no model there, names the source and what to do; a damaged or unfitting ``headscope.json``.
     """
     options = dict(from_pretrained_kwargs)
     wanted = _dtype(dtype)
@@ -73,12 +76,16 @@ def load(
     hub = {key: options[key] for key in HUB_OPTIONS if key in options}
     hub.update(revision=revision, trust_remote_code=trust_remote_code)
     place, known_revision = _place(name, isinstance(source, os.PathLike), options.pop("gguf_file", None), hub)
+    planted = _beside(place, FILE, hub)
+    edit = read(planted) if planted is not None else None
     try:
         module = _weights(place, wanted, device, hub, options)
     except (MemoryError, torch.OutOfMemoryError, LoadError):
         raise
     except Exception as error:
         raise LoadError(_explain(name, place, error)) from error
+    if edit is not None:
+        attach(module, edit)
     problem = None
     if processor is None:
         processor, problem = _processor(place, hub)
@@ -152,6 +159,21 @@ def _from_hub(name: str, file: str, hub: Mapping[str, Any]) -> Path:
         return Path(str(cached_file(name, file, **{k: v for k, v in hub.items() if k != "trust_remote_code"})))
     except Exception as error:
         raise LoadError(_explain(name, name, error)) from error
+
+
+def _beside(place: str, file: str, hub: Mapping[str, Any]) -> Path | None:
+    """A file in the folder or hub repository of the weights, None where there is none."""
+    if Path(place).is_dir():
+        found = Path(place, hub.get("subfolder") or "", file)
+        return found if found.is_file() else None
+    from transformers.utils.hub import cached_file
+
+    options = {k: v for k, v in hub.items() if k != "trust_remote_code"}
+    try:
+        held = cached_file(place, file, _raise_exceptions_for_missing_entries=False, **options)
+    except Exception:  # what cannot be reached here, the weights will tell better
+        return None
+    return Path(held) if held is not None else None
 
 
 def _commit(place: str, hub: Mapping[str, Any]) -> str | None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from interp.models.base_edit import BaseEdit
+from interp.models.base_edit import of as base_edit_of
 from interp.models.encoding import encode
 from interp.models.errors import LoadError, ModelInputError
 
@@ -61,6 +63,11 @@ class Model:
     def config(self) -> Any:
         """The model's transformers config."""
         return self.module.config
+
+    @property
+    def base_edit(self) -> BaseEdit | None:
+        """The restriction that a planted model came with, which holds in every call; None for an ordinary model."""
+        return base_edit_of(self.module)
 
     @property
     def device(self) -> torch.device:
@@ -161,7 +168,7 @@ class Model:
         reads = type(helper).__name__ if helper is not None else "no processor"
         return (
             f"Model({self.name!r}, {type(self.module).__name__}{through}, {number} parameters, "
-            f"{dtype} on {self.device}, {reads})"
+            f"{dtype} on {self.device}, {reads}{'' if self.base_edit is None else f', planted: {self.base_edit}'})"
         )
 
     def _readable(self, token_id: int) -> str:

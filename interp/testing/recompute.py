@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from interp.models import base_edit
 from interp.testing.specimen import configs
 
 ORACLE = "headscope_testing_oracle"
@@ -35,12 +36,14 @@ class Recomputation:
 
 
 _running: dict[int, tuple[str, Recomputation]] = {}
+_planted: dict[int, Tensor] = {}
 
 
 def recompute(module: nn.Module, inputs: Mapping[str, Any]) -> Recomputation:
     """Run ``module(**inputs)`` with every attention recomputed eagerly in fp64; leaves the model as it was.
 
-    Modules that do not go through transformers' attention interface run as they are and are absent from the answer.
+    Modules that do not go through transformers' attention interface run as they are and are absent from the answer. The base
+    edit of a planted model is kept to.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
@@ -50,7 +53,10 @@ def recompute(module: nn.Module, inputs: Mapping[str, Any]) -> Recomputation:
     answer = Recomputation()
     before = [(config, config._attn_implementation_internal) for config in configs(module)]
     entries = {id(m): (path, answer) for path, m in module.named_modules()}
+    allowed = {id(module.get_submodule(path)): seen for path, seen in base_edit.visible_maps(module, inputs).items()}
     _running.update(entries)
+    _planted.update(allowed)
+    base_edit.HOLDS.add(ORACLE)
     try:
         for config, _ in before:
             config._attn_implementation_internal = ORACLE
@@ -59,8 +65,10 @@ def recompute(module: nn.Module, inputs: Mapping[str, Any]) -> Recomputation:
     finally:
         for config, implementation in before:
             config._attn_implementation_internal = implementation
+        base_edit.HOLDS.discard(ORACLE)
         for key in entries:
             _running.pop(key, None)
+            _planted.pop(key, None)
     answer.maps, answer.z = dict(answer.maps), dict(answer.z)
     return answer
 
@@ -94,6 +102,8 @@ def _oracle(
     if bias is not None:
         scores = scores + bias.double()
     scores = _masked(scores, attention_mask, getattr(module, "is_causal", False) if is_causal is None else is_causal)
+    if id(module) in _planted:
+        scores = scores.masked_fill(~_planted[id(module)], float("-inf"))
     sinks = kwargs.get("s_aux")
     if sinks is not None:
         column = sinks.double().reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)

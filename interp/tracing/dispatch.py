@@ -8,6 +8,7 @@ knows, say of a second model that shares the config object, takes the function i
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ NAME = "interp"
 Handler = Callable[..., tuple[Tensor, Any]]
 
 _lock = threading.RLock()
-_handlers: dict[int, Handler] = {}
+_handlers: dict[int, weakref.WeakMethod[Handler]] = {}
 _configs: dict[int, list[Any]] = {}
 
 
@@ -32,7 +33,7 @@ def install(modules: Iterable[nn.Module], configs: Iterable[Any], handler: Handl
     _register()
     with _lock:
         for module in modules:
-            _handlers[id(module)] = handler
+            _handlers[id(module)] = weakref.WeakMethod(handler)
         for config in configs:
             entry = _configs.setdefault(id(config), [config, config._attn_implementation, 0])
             entry[2] += 1
@@ -54,6 +55,26 @@ def remove(modules: Iterable[nn.Module], configs: Iterable[Any]) -> None:
                 if config._attn_implementation == NAME:
                     config._attn_implementation_internal = entry[1]
                 del _configs[id(config)]
+
+
+def forget(modules: Iterable[int], configs: Iterable[int]) -> None:
+    """Ids of modules and configs that were never removed and whose owner is gone."""
+    with _lock:
+        for module in modules:
+            if module in _handlers and _handlers[module]() is None:
+                del _handlers[module]
+        for config in configs:
+            entry = _configs.get(config)
+            if entry is not None:
+                entry[2] -= 1
+                if entry[2] == 0:
+                    del _configs[config]
+
+
+def handler_of(module: nn.Module) -> Handler | None:
+    """What the attention calls of a module go to now, None for the model's own function."""
+    held = _handlers.get(id(module))
+    return held() if held is not None else None
 
 
 def entry_implementation(config: Any) -> str:
@@ -120,7 +141,7 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
 ) -> tuple[Tensor, Any]:
     """To the session that holds the module, else to the original."""
-    handler = _handlers.get(id(module))
+    handler = handler_of(module)
     if handler is None:
         return call_original(module, query, key, value, attention_mask, **options)
     return handler(module, query, key, value, attention_mask, **options)

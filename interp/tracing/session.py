@@ -1,7 +1,8 @@
 """The context manager that puts captures and interventions on a model: ``interp.hooked``.
 
 A session belongs to the model, not to a thread: attention modules point to the model's :class:`Installation`, which holds a
-stack of open sessions. It is made by the first session on a model and undone by the last.
+stack of open sessions. It is made by the first session on a model and undone by the last; that of a planted model (see
+:mod:`interp.models.base_edit`) stays for as long as the model lives.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -19,11 +21,13 @@ from torch import Tensor, nn
 
 from interp.attention import Edit, Gain, attend, combine, is_neutral
 from interp.models.anatomy import Anatomy, Site, anatomy
+from interp.models.base_edit import HOLDS, BaseEdit
 from interp.models.model import unwrap
 from interp.tracing import dispatch
 from interp.tracing.call_arguments import site_call
 from interp.tracing.calls import Intervention, RunState, SiteCall
 from interp.tracing.capture import Capture, Selection
+from interp.tracing.plant import Plant
 from interp.tracing.recorder import Recorder
 from interp.tracing.runs import begin_run, finish_generate, generation_options
 from interp.tracing.trace import Trace
@@ -33,7 +37,8 @@ class SessionError(RuntimeError):
     """A session that cannot be opened, or a result that is not there."""
 
 
-_installations: dict[int, Installation] = {}
+# Weak: the hooks on a model hold its installation, and a planted model would otherwise never be freed.
+_installations: weakref.WeakValueDictionary[int, Installation] = weakref.WeakValueDictionary()
 _lock = threading.RLock()
 
 
@@ -146,20 +151,14 @@ class Session:
         with _lock:
             installation = _installations.get(id(self.module))
             me = threading.get_ident()
-            if installation is not None and installation.thread != me:
+            if installation is not None and installation.thread not in (None, me):
                 raise SessionError(
                     f"a session on this {type(self.module).__name__} is already open in thread {installation.thread_name!r}; one "
                     "thread at a time may open sessions on a model. interp.reset(model) clears one that was left open"
                 )
             if installation is None:
-                installation = Installation(self.module, self.anatomy)
-                _installations[id(self.module)] = installation
-                try:
-                    installation.put()
-                except BaseException:
-                    installation.undo()
-                    del _installations[id(self.module)]
-                    raise
+                installation = _install(self.module, self.anatomy)
+            installation.held_by_this_thread()
             installation.sessions.append(self)
             if self.selection is not None or self.interventions:
                 installation.watch_sites()
@@ -175,8 +174,7 @@ class Session:
             installation.sessions.remove(self)
             self.end_runs()
             if not installation.sessions and not installation.suspended:
-                installation.undo()
-                del _installations[id(self.module)]
+                installation.close()
 
 
 def hooked(
@@ -208,26 +206,60 @@ def reset(model: Any) -> int:
     """Close every session on ``model`` that was left open, from whatever thread; returns how many there were."""
     module = unwrap(model)
     with _lock:
-        installation = _installations.pop(id(module), None)
+        installation = _installations.get(id(module))
         if installation is None:
             return 0
         count = len(installation.sessions)
         for session in installation.sessions:
             session.end_runs()
         installation.sessions.clear()
-        installation.undo()
+        installation.close()
         return count
+
+
+def plant(module: nn.Module, edit: BaseEdit) -> None:
+    """Hold a model to its base edit from now on (:func:`interp.models.base_edit.attach` checks and calls this).
+
+    Raises:
+        SessionError: a session is open on the model.
+    """
+    with _lock:
+        if id(module) in _installations:
+            raise SessionError(
+                f"a base edit must be put on before any session, one is open on this {type(module).__name__}"
+            )
+        shape = anatomy(module)
+        _install(module, shape, Plant(module, shape, edit))
+
+
+def _install(module: nn.Module, shape: Anatomy, plant: Plant | None = None) -> Installation:
+    installation = Installation(module, shape, plant)
+    for sub in installation.modules:
+        owner: Any = getattr(dispatch.handler_of(sub), "__self__", None)
+        if getattr(owner, "plant", None) is not None:
+            raise SessionError(
+                f"model must be the whole model where it has a base edit ({owner.plant.edit}), got the {type(module).__name__} in it"
+            )
+    _installations[id(module)] = installation
+    try:
+        installation.put()
+    except BaseException:
+        installation.undo()
+        _installations.pop(id(module), None)
+        raise
+    return installation
 
 
 class Installation:
     """Everything that is changed on a model while sessions are open on it."""
 
-    def __init__(self, module: nn.Module, shape: Anatomy) -> None:
+    def __init__(self, module: nn.Module, shape: Anatomy, plant: Plant | None = None) -> None:
         self.module = module
+        self.plant = plant
         self.sessions: list[Session] = []
         self.suspended = 0
-        self.thread = threading.get_ident()
-        self.thread_name = threading.current_thread().name
+        self.thread: int | None = None
+        self.thread_name = ""
         self.sites: dict[int, Site] = {}
         self.modules: list[nn.Module] = []
         for site in shape.sites:
@@ -240,7 +272,20 @@ class Installation:
         self.chunks: dict[int, list[int]] = {}
         self.active: dict[int, list[nn.Module]] = {}
         self.generating: set[int] = set()
+        self.known: set[int] = set()
         self._placed = False
+
+    def held_by_this_thread(self) -> None:
+        self.thread, self.thread_name = threading.get_ident(), threading.current_thread().name
+
+    def close(self) -> None:
+        """The last session has ended."""
+        self.thread = None
+        if self.plant is None:
+            self.undo()
+            _installations.pop(id(self.module), None)
+        else:
+            self._unwatch()
 
     def put(self) -> None:
         from transformers import PreTrainedModel
@@ -248,8 +293,11 @@ class Installation:
         disable: Any = torch.compiler.disable
         dispatch.install(self.modules, self.configs, self.handle)
         self._placed = True
+        if self.plant is not None:
+            weakref.finalize(self, dispatch.forget, [id(m) for m in self.modules], [id(c) for c in self.configs])
         for sub in self.module.modules():
             if isinstance(sub, PreTrainedModel):
+                self.known.add(id(sub))
                 self.handles.append(sub.register_forward_pre_hook(disable(self._enter), with_kwargs=True, prepend=True))
                 self.handles.append(sub.register_forward_hook(disable(self._leave), with_kwargs=True, always_call=True))
         if callable(getattr(self.module, "generate", None)):
@@ -262,10 +310,10 @@ class Installation:
             self.watched = [sub.register_forward_pre_hook(disable(self._site_begins)) for sub in self.modules]
 
     def undo(self) -> None:
-        for handle in (*self.handles, *self.watched):
+        for handle in self.handles:
             handle.remove()
         self.handles.clear()
-        self.watched.clear()
+        self._unwatch()
         if self._placed:
             dispatch.remove(self.modules, self.configs)
             self._placed = False
@@ -275,6 +323,11 @@ class Installation:
             del self.module.generate
             if previous is not None:
                 self.module.generate = previous
+
+    def _unwatch(self) -> None:
+        for handle in self.watched:
+            handle.remove()
+        self.watched.clear()
 
     def _wrap_generate(self) -> None:
         previous = vars(self.module).get("generate")
@@ -314,6 +367,9 @@ class Installation:
         stack.append(sub)
         if len(stack) > 1:
             return
+        if self.plant is not None:
+            self._require_plant(sub)
+            self.plant.enter(me, sub, args, kwargs)
         if kwargs.get("output_attentions") or getattr(getattr(sub, "config", None), "output_attentions", False):
             warnings.warn(
                 "output_attentions=True inside interp.hooked gives no maps for sites that are edited; "
@@ -335,12 +391,28 @@ class Installation:
         stack = self.active.get(me, [])
         if sub in stack:
             del stack[stack.index(sub) :]
+        if not stack and self.plant is not None:
+            self.plant.leave(me, result)
         if stack or me in self.generating:
             return
         # torch calls this with None when the forward raised.
         if result is not None:
             self._finish(result)
         self._drop()
+
+    def _require_plant(self, sub: nn.Module) -> None:
+        """A planted model runs with its base edit or not at all."""
+        plant = cast(Plant, self.plant)
+        if id(sub) not in self.known:
+            raise SessionError(
+                f"a copy of a planted model ({plant.edit}) is without its base edit: load it again instead"
+            )
+        other = [c._attn_implementation for c in self.configs if c._attn_implementation not in HOLDS]
+        if other:
+            raise SessionError(
+                f"attention implementation must stay as interp.load set it on a planted model ({plant.edit}), got {other[0]!r}; "
+                "pass attn_implementation= to interp.load"
+            )
 
     def _site_begins(self, sub: nn.Module, args: tuple[Any, ...]) -> None:
         self.chunks[id(sub)] = [0, 0]
@@ -393,6 +465,8 @@ class Installation:
                 "interventions": [i.describe() for s in self.sessions for i in s.interventions],
                 "model": _identity(session),
             }
+            if self.plant is not None:
+                attrs["base_edit"] = self.plant.edit.describe()
             session.keep(functools.partial(recorder.trace, sequences, attrs))
 
     def _drop(self) -> None:
@@ -406,14 +480,18 @@ class Installation:
         me = threading.get_ident()
         site = self.sites[id(module)]
         live = [(s, *s.runs[me]) for s in self.sessions if me in s.runs]
-        if not any(recorder is not None or session.touches(site, run) for session, run, recorder in live):
+        planted = self.plant if self.plant is not None and self.plant.acts_on(site, me) else None
+        if planted is None and not any(r is not None or session.touches(site, run) for session, run, r in live):
             for session, _, _ in live:
                 session.count(site, "untouched")
             self._advance(module, query, key)
             return dispatch.call_original(module, query, key, value, attention_mask, **options)
         chunk = self.chunks.setdefault(id(module), [0, 0])
-        call = site_call(site, live[0][1], module, query, key, value, attention_mask, options, chunk)
+        first = live[0][1] if live else cast(Plant, planted).run(me)
+        call = site_call(site, first, module, query, key, value, attention_mask, options, chunk)
         self._advance(module, query, key)
+        if planted is not None:
+            call.mask = planted.mask(call, me)
         for session, run, _ in live:
             call.run = run
             for intervention in session.interventions:
@@ -421,12 +499,14 @@ class Installation:
         edit = combine(*call.edits)
         if edit is not None and is_neutral(edit):
             edit = None
-        if edit is not None and options.get("dropout"):
+        if (edit is not None or planted is not None) and options.get("dropout"):
             raise SessionError(
                 f"editing attention needs dropout 0, got {options['dropout']} at {site.name}: call model.eval()"
             )
         readers = [(s, r) for s, _, r in live if r is not None and r.wants(call)]
-        z, second, lse = self._output(module, call, edit, attention_mask, options, live, bool(readers))
+        z, second, lse = self._output(
+            module, call, edit, attention_mask, options, live, bool(readers), planted is not None
+        )
         for session, recorder in readers:
             backends = recorder.read(call, edit, session.backend, lse)
             session.count(site, "read" if not backends else f"read by {', '.join(sorted(backends))}")
@@ -453,11 +533,11 @@ class Installation:
 
     def _output(
         self, module: nn.Module, call: SiteCall, edit: Edit | None, mask: Any, options: dict[str, Any], live: list[Any],
-        read: bool,
+        read: bool, planted: bool,
     ) -> tuple[Tensor, Any, Tensor | None]:  # fmt: skip
         """z, the second result, and the log-sum-exp ``[B, H, Lq]`` where it will be read and came for free."""
         gains = [] if edit is None else edit.of(Gain)
-        if edit is None or len(gains) == len(edit.operations):
+        if not planted and (edit is None or len(gains) == len(edit.operations)):
             # Gains act on z alone, so the model's own function makes it and other heads stay bit-equal.
             lse = None
             if read and call.q.is_cuda:
@@ -480,7 +560,7 @@ class Installation:
             edit=edit, backend=backend,
         )  # fmt: skip
         for session, _, _ in live:
-            session.count(call.site, f"edited by {out.readings.backend}")
+            session.count(call.site, f"{'planted' if edit is None else 'edited'} by {out.readings.backend}")
         return cast(Tensor, out.output), None, None
 
 
