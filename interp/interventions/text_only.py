@@ -35,7 +35,7 @@ def text_only_inputs(run: RunState, prompt: Prompt) -> dict[str, Tensor]:
         given = run.inputs.get(name)
         if name == "attention_mask" or not isinstance(given, Tensor) or given.ndim != 2:
             continue
-        out[name] = torch.zeros_like(slots, dtype=given.dtype).masked_scatter(slots, given[:, -keep.shape[1] :][keep])
+        out[name] = torch.zeros_like(slots, dtype=given.dtype).masked_scatter(slots, given[:, : keep.shape[1]][keep])
     return out
 
 

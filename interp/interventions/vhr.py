@@ -126,13 +126,20 @@ class VHR(Intervention):
                 f"{call.mask.q_offset} .. {call.mask.q_offset + z.shape[1] - 1} of {prompt.kind.shape[1]}"
             )
         seen = z.detach()[:: repeats(len(z), len(prompt))][torch.arange(len(prompt)), row.to(z.device)].float()
-        chosen = self.select(seen, text.to(z.device).float())
+        rounding = max(8 * torch.finfo(torch.float32).eps, torch.finfo(z.dtype).eps)
+        chosen = self.select(seen, text.to(z.device).float(), rounding)
         gain = torch.where(chosen, self.alpha, 1.0)
         return gain[:, None, :, None].to(z.dtype)
 
-    def select(self, image: Tensor, text: Tensor) -> Tensor:
-        """The heads to reinforce: bool ``[S, H]`` for last-row z with and without the image, ``[S, H, Dv]``."""
+    def select(self, image: Tensor, text: Tensor, rounding: float = 0.0) -> Tensor:
+        """The heads to reinforce: bool ``[S, H]`` for last-row z with and without the image, ``[S, H, Dv]``.
+
+        Differences below ``rounding`` times the size of z count as none: where a sliding window hides the image from the last
+        row, rounding alone would choose.
+        """
         divergence = (image - text).square().sum(-1)
+        size = image.square().sum(-1) + text.square().sum(-1)
+        divergence = divergence.masked_fill(divergence <= rounding**2 * size, 0.0)
         if self.distance == "euclidean":
             divergence = divergence.sqrt()
         if self.outlier_filter and divergence.shape[-1] > 1:
