@@ -31,7 +31,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         "--out", type=Path, required=True, help="folder of the model; must be new, or hold an older one"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument(
         "--minutes", type=float, default=3.0, help="cap of the training itself; the schedule still ends"
     )
@@ -46,7 +46,12 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--workers", type=int, default=min(6, max(0, (os.cpu_count() or 1) - 2)))
     parser.add_argument("--device", default="")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="default: on CUDA")
+    parser.add_argument(
+        "--compile", action="store_true", help="faster steps after two compilations; pays in long trainings"
+    )
+    parser.add_argument(
+        "--shared", action="store_true", help="say in the card that the machine did other work meanwhile"
+    )
     parser.add_argument("--sequences", type=int, default=500, help="held-out ones of each task and length")
     parser.add_argument(
         "--smoke", action="store_true", help="a toy, under two minutes on one CPU thread; fails if it does not learn"
@@ -107,9 +112,8 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
             if args.checkpoint_dir is not None:
                 _save(model, args.checkpoint_dir / f"step-{step:06d}", tokenizer(), named)
 
-    compiled = args.compile if args.compile is not None else device.type == "cuda"
     settings = Settings(
-        args.seed, args.steps, args.minutes, args.tokens, args.longest, args.rate, args.workers, compiled
+        args.seed, args.steps, args.minutes, args.tokens, args.longest, args.rate, args.workers, args.compile
     )
     trained = train(model, settings, device, watch)
     losses = trained.pop("loss")
@@ -125,8 +129,8 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
         "heads": heads(model, args.seed),
         "training": {
             **trained, "loss_first": float(np.mean(losses[:10])), "loss_last": float(np.mean(losses[-10:])),
-            "seed": args.seed, "tokens_per_step": args.tokens, "peak_rate": args.rate, "compiled": compiled,
-            "parameters": sum(p.numel() for p in model.parameters()), "device": _device(device),
+            "seed": args.seed, "tokens_per_step": args.tokens, "peak_rate": args.rate, "compiled": args.compile,
+            "parameters": sum(p.numel() for p in model.parameters()), "device": _device(device, args.shared),
             "torch": torch.__version__.split("+")[0], "transformers": transformers.__version__,
             "command": _command(args),
         },
@@ -142,7 +146,8 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     if args.archive is not None:
         with tarfile.open(args.archive, "w") as tar:
             tar.add(args.out, args.out.name)
-    if metrics.get("leakage", {}).get("logit_change", 0.0) != 0.0:
+    # 0 on a CPU; another place in a batch may round differently on a GPU.
+    if metrics.get("leakage", {}).get("logit_change", 0.0) > 1e-4:
         raise SystemExit(f"the plant leaks: {metrics['leakage']}")
     say(json.dumps({k: metrics[k] for k in ("accuracy", "training", "minutes_in_all")}, indent=1))
     return metrics
@@ -173,11 +178,11 @@ def _save(model: Any, folder: Path, words: Any, named: dict[int, list[int]]) -> 
         (folder / "headscope.json").write_text(json.dumps({"base_edit": edit}, indent=1) + "\n")
 
 
-def _device(device: Any) -> str:
+def _device(device: Any, shared: bool) -> str:
     import torch
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return f"{name} (shared with other trainings)" if os.environ.get("HEADSCOPE_SHARED") else name
+    return f"{name} (shared with other trainings)" if shared else name
 
 
 def _command(args: argparse.Namespace) -> str:

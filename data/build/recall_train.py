@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def train(
     run: Any = token_losses
     if settings.compile:
         # What cannot be compiled runs as it is: a slower training, not a failed one.
-        torch._dynamo.config.suppress_errors = True
+        import_module("torch._dynamo").config.suppress_errors = True
         run = torch.compile(token_losses)
     feed = Feed(settings.seed, settings.tokens, settings.longest, settings.workers)
     losses: list[torch.Tensor] = []
