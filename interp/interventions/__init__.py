@@ -1,5 +1,11 @@
 """Policies that change attention while a model runs: one paper's method a file, each an ``interp.tracing`` intervention.
 
+In a call the order is fixed by kind, whatever the order of the list: first q, k and v are replaced and edits made, in the
+order of sessions and lists (each sees what those before it left); the op then applies all edits stage by stage (temperature,
+boost, restrictions such as :class:`Streaming` and :class:`TopKMask`, uniform and given rows, group weights, gains); last z is
+replaced or added to, in the order of the list. So a head whose z is patched, or has the mean put in its place, keeps that
+whatever gain or mask it was given too, and :class:`AddToHeads` adds to what it finds.
+
 ``interp.interventions()`` lists them. A method is in the list by existing: a module of this package that defines a public
 subclass of :class:`~interp.tracing.calls.Intervention`.
 """

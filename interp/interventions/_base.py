@@ -174,7 +174,8 @@ def deciding_row(call: SiteCall) -> Tensor:
     last = (call.run.prompt_length or 0) - 1
     real = real_rows(call)
     if bool(real[:, -1].all()):
-        return (rows == last)[None]
+        # Drafts fed with the prompt decide tokens too.
+        return (rows >= last)[None]
     # Padded on the right: each sample's own last real row.
     places = torch.arange(len(rows), device=rows.device)
     return places == torch.where(real, places, -1).amax(-1, keepdim=True)

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from interp.interventions._base import expanded, rows_mask
-from interp.interventions.activations import HeadActivations, SiteActivations, first_sample, key_positions
+from interp.interventions.activations import (
+    HeadActivations,
+    SiteActivations,
+    first_sample,
+    key_positions,
+    position_origin,
+)
 from interp.interventions.selection import in_decoder, positions_in_sample, real_rows
 from interp.tracing.calls import SiteCall
 
@@ -78,12 +84,12 @@ def match_keys(call: SiteCall, site: SiteActivations, first: int, rows: Sequence
     lengths = source_lengths(call, site.key_lengths, first, batch)
     absolute = torch.arange(call.k.shape[2], device=call.k.device) + call.mask.kv_offset
     taken = real if call.site.cross else real & (absolute < end)
-    _check_lengths(call, positions, taken & (not call.generated), lengths, rows is not None)
+    if not call.generated:
+        _check_lengths(call, positions, taken, lengths, rows is not None)
     if rows is not None:
         wanted = torch.tensor([r + end if r < 0 else r for r in rows], device=absolute.device)
         taken = taken & torch.isin(absolute, wanted)
-    outside = taken & (positions >= lengths[:, None])
-    if bool(outside.any()):
+    if not call.generated and bool((taken & (positions >= lengths[:, None])).any()):
         raise ValueError(
             f"source must have a match for every patched key at {call.site.name}; it is {lengths.tolist()} long"
         )
@@ -100,6 +106,25 @@ def of_batch(call: SiteCall, values: Tensor, first: int, batch: int) -> Tensor:
     if not in_decoder(call) and first + batch <= values.shape[0] and values.shape[0] > 1:
         return values[first : first + batch]
     return expanded(values, batch, "source")
+
+
+def check_origins(call: SiteCall, site: SiteActivations, first: int) -> None:
+    """q and k are rotated by their positions, which must be counted alike in both runs.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if site.origins is None:
+        return
+    batch = call.q.shape[0]
+    there, own = source_lengths(call, site.origins, first, batch), position_origin(call)
+    own = own.to(there.device) if len(own) in (1, batch) else expanded(own.to(there.device), batch, "position_ids")
+    if bool((there != own).any()):
+        raise ValueError(
+            f"source must count positions as this run does, for q and k carry them; first tokens stand at {own.expand(batch).tolist()} "
+            f"here, at {there.tolist()} there. generate counts from the first real token, a forward counts pads: collect with "
+            "position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0)"
+        )
 
 
 def _check_lengths(call: SiteCall, positions: Tensor, taken: Tensor, lengths: Tensor, named: bool) -> None:
@@ -144,6 +169,8 @@ def patched_outputs(
     Raises:
         ValueError: a source of another length or width.
     """
+    if call.generated:
+        return None
     site = source.sites[call.site.stack, call.site.layer]
     first = first_sample(call, state.setdefault("samples", {}))
     match = match_rows(call, site, first, rows, source_rows, named=named)

@@ -12,7 +12,6 @@ from torch import Tensor
 from interp.attention import Readout, attend, combine
 from interp.heads import HeadError, Heads
 from interp.interventions.selection import (
-    first_key,
     heads_at,
     in_decoder,
     positions_in_sample,
@@ -40,11 +39,13 @@ class SiteActivations:
             ``pattern [S, P, H, Pk]``; NaN for heads that were not kept.
         lengths: int64 ``[S]``, real query positions of each sample.
         key_lengths: int64 ``[S]``, real key positions.
+        origins: int64 ``[S]``, the position that the model gave each sample's first real token: q and k carry it.
     """
 
     values: Mapping[str, Tensor]
     lengths: Tensor
     key_lengths: Tensor
+    origins: Tensor | None = None
 
     def count(self, what: str) -> Tensor:
         return self.key_lengths if what in KEYED else self.lengths
@@ -174,6 +175,26 @@ def first_sample(call: SiteCall, counts: dict[str, int]) -> int:
     return seen - call.q.shape[0]
 
 
+def left_pads(call: SiteCall) -> Tensor:
+    """Absolute position of each sample's first real token in the query sequence, int64 ``[B|1]``."""
+    return call.query_positions()[0] - positions_in_sample(call)[:, 0]
+
+
+def position_origin(call: SiteCall) -> Tensor:
+    """Position that the model's position encoding gives each sample's first real token, int64 ``[B|1]``.
+
+    ``generate`` counts from it; a plain forward counts pads too unless it is given ``position_ids``.
+    """
+    pads = left_pads(call)
+    if not in_decoder(call) or call.site.cross:
+        return torch.zeros_like(pads)
+    given = call.run.inputs.get("position_ids")
+    if isinstance(given, Tensor) and given.ndim == 2 and int(pads.max()) < given.shape[1]:
+        given = given.to(pads.device)
+        return given[0, pads] if len(given) == 1 else given.gather(1, pads.expand(len(given))[:, None])[:, 0]
+    return torch.zeros_like(pads) if call.run.generating else pads
+
+
 def key_positions(call: SiteCall) -> tuple[Tensor, Tensor]:
     """Position of every key counted from its sample's first real one, int64 ``[B|1, Lk]``, and whether it is real, bool."""
     slots = torch.arange(call.k.shape[2], device=call.k.device) + call.mask.kv_offset
@@ -186,7 +207,7 @@ def key_positions(call: SiteCall) -> tuple[Tensor, Tensor]:
             else padding.to(slots.device)
         )
         return slots[None], real
-    positions = slots[None] - first_key(call)[:, None]
+    positions = slots[None] - left_pads(call)[:, None]
     real = positions >= 0
     return positions, real if padding is None else real & padding.to(slots.device)
 
@@ -199,9 +220,14 @@ class _Piece:
     """One call's activations ``[B, L, ...]`` by name, with their positions and which of them are real."""
 
     def __init__(
-        self, sample: int, values: dict[str, Tensor], rows: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor]
+        self,
+        sample: int,
+        values: dict[str, Tensor],
+        rows: tuple[Tensor, Tensor],
+        keys: tuple[Tensor, Tensor],
+        origins: Tensor,
     ) -> None:
-        self.sample, self.values, self.rows, self.keys = sample, values, rows, keys
+        self.sample, self.values, self.rows, self.keys, self.origins = sample, values, rows, keys, origins
 
 
 class _Collector(Intervention):
@@ -232,7 +258,8 @@ class _Collector(Intervention):
         positions = positions_in_sample(call).expand(batch, rows), real_rows(call).expand(batch, rows)
         key_at, key_real = key_positions(call)
         keys = key_at.expand(batch, -1), key_real.expand(batch, -1)
-        piece = _Piece(first_sample(call, self.counts), values, positions, keys)
+        origins = position_origin(call).expand(batch)
+        piece = _Piece(first_sample(call, self.counts), values, positions, keys, origins)
         self.pieces.setdefault((call.site.stack, call.site.layer), []).append(piece)
 
 
@@ -276,7 +303,10 @@ def _assembled(pieces: list[_Piece], what: tuple[str, ...]) -> SiteActivations:
                     row = wide
                 full[piece.sample + b, where[b][real[b]]] = row
         values[name] = full
-    return SiteActivations(values, counts["rows"], counts["keys"])
+    origins = torch.zeros(samples, dtype=torch.int64)
+    for piece in pieces:
+        origins[piece.sample : piece.sample + len(piece.origins)] = piece.origins.cpu()
+    return SiteActivations(values, counts["rows"], counts["keys"], origins)
 
 
 def _from_dataset(data: Any, have: Mapping[str, str], *, cross: bool) -> SiteActivations | None:

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from interp.attention import Edit, GivenRows
 from interp.interventions._base import HeadPolicy, Strength, every_head, whole_numbers
-from interp.interventions._patching import Match, check_width, gathered, match_keys, match_rows, patched_outputs
+from interp.interventions._patching import (
+    Match,
+    check_origins,
+    check_width,
+    gathered,
+    match_keys,
+    match_rows,
+    patched_outputs,
+)
 from interp.interventions.activations import KEYED, WHAT, HeadActivations, SiteActivations, first_sample
 from interp.interventions.selection import heads_at, in_decoder
 from interp.models.anatomy import Anatomy, anatomy
@@ -117,6 +125,8 @@ class PatchHeads(HeadPolicy):
             return None
         site = self.source.sites[call.site.stack, call.site.layer]
         first = first_sample(call, call.run.of(self).setdefault("samples", {}))
+        if self.what in ("q", "k") and not call.generated:
+            check_origins(call, site, first)
         if self.what in KEYED:
             setattr(call, self.what, self._keyed(call, site, first))
             return None

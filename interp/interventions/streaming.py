@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -120,7 +120,7 @@ class Streaming(HeadPolicy):
 
     heads: Any = "L*H*"
     _: KW_ONLY
-    pattern: Pattern = field(default_factory=SinkRecent)
+    pattern: Pattern | None = None
     kv: bool = False
     scope: Literal["all", "prefill", "decode", "next", "cached"] = "cached"  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -131,6 +131,8 @@ class Streaming(HeadPolicy):
     def __post_init__(self) -> None:
         if self.rows is not None and self.scope == "cached":
             object.__setattr__(self, "scope", "all")
+        if self.pattern is None:
+            object.__setattr__(self, "pattern", SinkRecent())
         if not all(callable(getattr(self.pattern, name, None)) for name in ("check", "key", "operation")):
             raise TypeError(f"pattern must be SinkRecent, Spans, Shards or Near, got {type(self.pattern).__name__}")
         super().__post_init__()
@@ -198,10 +200,15 @@ class Streaming(HeadPolicy):
             found += [Head(head.layer, head.head * group + h, head.stack) for h in range(group)]
         return as_heads(found, anatomy)
 
+    @property
+    def _seen(self) -> Pattern:
+        assert self.pattern is not None
+        return self.pattern
+
     def prepare(self, anatomy: Anatomy) -> None:
         super().prepare(anatomy)
         for head in self.resolve(anatomy):
-            self.pattern.check(anatomy.site(head.stack, head.layer), anatomy.n_layers[head.stack])
+            self._seen.check(anatomy.site(head.stack, head.layer), anatomy.n_layers[head.stack])
 
     def before(self, call: SiteCall) -> Edit | None:
         where = self.where(call)
@@ -212,5 +219,6 @@ class Streaming(HeadPolicy):
             call.mask = self.kept(
                 call, "mask", lambda: replace(call.mask, first=first_key(call)), of=(call.mask,), lasting=False
             )
-        key = self.pattern.key(call)
-        return self.kept(call, key, lambda: Edit((self.pattern.operation(call, where),)), of=(where,))
+        seen = self._seen
+        key = seen.key(call)
+        return self.kept(call, key, lambda: Edit((seen.operation(call, where),)), of=(where,))
