@@ -7,7 +7,7 @@ Every message names the argument, the rule, and what was got. Checks that read t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -110,22 +110,26 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> Sizes:
 
 def check_shape(name: str, x: object, axes: str, sizes: Sizes, kind: str) -> None:
     """Axes as in :data:`interp.attention.call.AXES` (H also for an axis that is not broadcast)."""
-    kinds = {
-        "float": lambda t: t.is_floating_point(),
-        "bool": lambda t: t.dtype == torch.bool,
-        "int": lambda t: not t.is_floating_point() and not t.is_complex() and t.dtype != torch.bool,
-    }
+    # The words are put together only where something is wrong: every token makes calls of a new kind.
+    if isinstance(x, Tensor) and x.ndim == len(axes) and KINDS[kind](x):
+        for axis, size in zip(axes, x.shape, strict=True):
+            if axis != "." and size != sizes[AXIS_NAMES.get(axis, axis)] and not (size == 1 and axis in "bhq"):
+                break
+        else:
+            return
     wanted = "[" + ", ".join(_axis(axis) for axis in axes) + "]"
-    numbers = {_axis(a).split("|")[0]: sizes[_axis(a).split("|")[0]] for a in axes if a != "."}
+    numbers = {AXIS_NAMES.get(a, a): sizes[AXIS_NAMES.get(a, a)] for a in axes if a != "."}
     rule = f"must be {'an' if kind == 'int' else 'a'} {kind} tensor {wanted} with " + ", ".join(
         f"{n} = {size}" for n, size in numbers.items()
     )
-    if not isinstance(x, Tensor) or not kinds[kind](x) or x.ndim != len(axes):
-        fail(name, rule, describe(x))
-    for axis, size in zip(axes, x.shape, strict=True):
-        full = size if axis == "." else sizes[_axis(axis).split("|")[0]]
-        if size != full and not (axis in "bhq" and size == 1):
-            fail(name, rule, describe(x))
+    fail(name, rule, describe(x))
+
+
+KINDS: dict[str, Callable[[Tensor], bool]] = {
+    "float": lambda t: t.is_floating_point(),
+    "bool": lambda t: t.dtype == torch.bool,
+    "int": lambda t: not t.is_floating_point() and not t.is_complex() and t.dtype != torch.bool,
+}
 
 
 def _axis(axis: str) -> str:
@@ -139,7 +143,8 @@ def check_numbers(name: str, x: Tensor | Sequence[int], low: float, high: float)
     if isinstance(x, Tensor):
         if x.numel() == 0:
             return
-        least, most = (float(y) for y in torch.aminmax(x.detach()))
+        # Together: a GPU is waited for once.
+        least, most = map(float, torch.stack(torch.aminmax(x.detach())).tolist())
     else:
         least, most = min(x, default=low), max(x, default=low)
     if not (low <= least and most <= high):
