@@ -325,11 +325,13 @@ def test_what_is_no_decoding() -> None:
 def test_later_calls_of_a_kind_take_the_short_way(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_launch, "forced_parts", splits)
     kinds.clear()
-    weight, mask = torch.tensor([0.5, 2.0, 1.0]).view(1, 1, 1, 3), Mask(causal=True, q_offset=KEYS - 1)
-    edit = Edit((Gain(rand(2, 4, 1)), GroupWeights(weight, renormalise=True)), groups(), n_groups=3)
-    sinks = rand(4)
+    weight, mask = torch.tensor([0.5, 2.0, 1.0], device=DEVICE).view(1, 1, 1, 3), Mask(causal=True, q_offset=KEYS - 1)
+    edit = Edit(
+        (Gain(rand(2, 4, 1).to(DEVICE)), GroupWeights(weight, renormalise=True)), groups().to(DEVICE), n_groups=3
+    )
+    sinks = rand(4).to(DEVICE)
     for n in range(4):
-        q, k, v = rand(2, 4, 1, 16), rand(2, 2, KEYS, 16), rand(2, 2, KEYS, 24)
+        q, k, v = (x.to(DEVICE) for x in (rand(2, 4, 1, 16), rand(2, 2, KEYS, 16), rand(2, 2, KEYS, 24)))
         if n == 2:
             k = k.transpose(-1, -2).contiguous().transpose(-1, -2)  # another layout, so another kind
         if n == 3:
