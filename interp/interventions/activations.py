@@ -252,7 +252,7 @@ class _Collector(Intervention):
             if name == "z":
                 values[name] = z.detach().clone()
             elif name == "pattern":
-                values[name] = _pattern(call).transpose(1, 2)
+                values[name] = call_pattern(call).transpose(1, 2)
             else:
                 values[name] = getattr(call, name).detach().clone().transpose(1, 2)
         positions = positions_in_sample(call).expand(batch, rows), real_rows(call).expand(batch, rows)
@@ -263,14 +263,16 @@ class _Collector(Intervention):
         self.pieces.setdefault((call.site.stack, call.site.layer), []).append(piece)
 
 
-def _pattern(call: SiteCall) -> Tensor:
-    """``p [B, H, Lq, Lk]`` of the call, other interventions' edits included."""
+def call_pattern(call: SiteCall, heads: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+    """``p [B, n|H, R|Lq, Lk]`` of a call at int64 ``heads [n]`` and ``rows [R]``, as edited so far."""
     out = attend(
         call.q.detach(), call.k.detach(), call.v.detach(), scale=call.scale, mask=call.mask, softcap=call.softcap,
-        sinks=call.sinks, bias=call.bias, edit=combine(*call.edits), readout=Readout(attention=True), want_output=False,
+        sinks=call.sinks, bias=call.bias, edit=combine(*call.edits), want_output=False,
+        readout=Readout(heads=heads, rows=rows, attention=rows is None),
     )  # fmt: skip
-    assert out.readings.attention is not None
-    return out.readings.attention
+    p = out.readings.attention if rows is None else out.readings.rows
+    assert p is not None
+    return p
 
 
 def _assembled(pieces: list[_Piece], what: tuple[str, ...]) -> SiteActivations:

@@ -20,7 +20,7 @@ from interp.interventions._patching import (
     match_rows,
     patched_outputs,
 )
-from interp.interventions.activations import KEYED, WHAT, HeadActivations, SiteActivations, first_sample
+from interp.interventions.activations import KEYED, WHAT, HeadActivations, SiteActivations, call_pattern, first_sample
 from interp.interventions.selection import heads_at, in_decoder
 from interp.models.anatomy import Anatomy, anatomy
 from interp.models.model import unwrap
@@ -192,4 +192,8 @@ class PatchHeads(HeadPolicy):
             raise ValueError(f"source must have the pattern of heads {mine}, got {p.shape[2]} heads")
         index = keys.source.clamp_max(p.shape[-1] - 1)[:, None, None].expand(-1, len(rows), len(mine), -1)
         aligned = torch.where(keys.taken[:, None, None], p.gather(-1, index), 0.0).transpose(1, 2).contiguous()
-        return Edit((GivenRows(torch.tensor(mine, device=rows.device), rows, aligned),))
+        heads = torch.tensor(mine, device=rows.device)
+        if not bool(taken[:, rows].all()):
+            # Rows that are patched in some samples and are pads in others, which keep theirs.
+            aligned = torch.where(taken[:, None, rows, None], aligned, call_pattern(call, heads, rows))
+        return Edit((GivenRows(heads, rows, aligned),))
