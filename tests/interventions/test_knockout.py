@@ -143,6 +143,6 @@ def test_what_it_refuses(deep_llava, llava_inputs, run):
             run(module, inputs, [policy])
     with pytest.raises(HeadError):
         run(module, inputs, [Knockout("image", "last", heads="L3H0")])
+    llama = build("llama")
     with pytest.raises(InterventionError, match="must name positions in every sample"):
-        llama = build("llama")
         run(llama.module, llama.inputs, [Knockout("image", "last")])

@@ -23,6 +23,11 @@ def groups_of(module, inputs, paint, **options):
     return found["codes"]
 
 
+def generate(specimen, paint):
+    with torch.no_grad(), interp.hooked(specimen.module, interventions=[paint]):
+        specimen.module.generate(**specimen.inputs, max_new_tokens=2)
+
+
 def test_outliers_and_top_by_hand():
     scores = torch.tensor([1.0, 2.0, 3.0, 4.0, 100.0])
     # Q1 = 2, Q3 = 4: the fence is at 7.
@@ -95,9 +100,8 @@ def test_a_batch_equals_its_samples(deep_llava, llava_inputs, batched, run):
 def test_what_it_refuses():
     def refuse(family, match, **options):
         specimen = build(family)
-        with pytest.raises(InterventionError, match=match), torch.no_grad():
-            with interp.hooked(specimen.module, interventions=[PAINT(layers=[0], **options)]):
-                specimen.module.generate(**specimen.inputs, max_new_tokens=2)
+        with pytest.raises(InterventionError, match=match):
+            generate(specimen, PAINT(layers=[0], **options))
 
     refuse("paligemma", "has none; scored_by='mean'")
     refuse("blip2", "the 8 positions of image 0, tile 0 do not stand for its 16 patches")
