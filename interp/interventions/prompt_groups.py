@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from interp.interventions.image_groups import Prompt
 from interp.models.layout import KINDS
 from interp.tracing.calls import Intervention, InterventionError, RunState
+from interp.tracing.prompt import Prompt
 
 NAMES = ("image", "image:N", "text", "special", "first", "question", "last", "generated", "prompt", "all")
 

@@ -22,7 +22,10 @@ from interp.interventions.image_groups import (
     require_vision,
 )
 from interp.interventions.layers import read_layers, resolve_layers, skipping
-from interp.interventions.visual_sinks import (
+from interp.models.anatomy import Anatomy, Site, anatomy
+from interp.models.model import unwrap
+from interp.tracing.calls import Intervention, InterventionError, RunState, SiteCall
+from interp.tracing.visual_sinks import (
     phi,
     scaled_tau,
     sink_codes,
@@ -30,9 +33,6 @@ from interp.interventions.visual_sinks import (
     watch_layer_inputs,
     width_of,
 )
-from interp.models.anatomy import Anatomy, Site, anatomy
-from interp.models.model import unwrap
-from interp.tracing.calls import Intervention, InterventionError, RunState, SiteCall
 
 SOURCES = {"all": (1, 3), "visual": (1,), "text": (3,)}
 
@@ -65,7 +65,7 @@ class VAR(Intervention):
         rho_means: ``non_sink`` (paper) or ``sink`` (release: the sinks' share may be rho at most).
         tau_unit: ``absolute``, or ``width``: tau at a width of 4096, scaled by ``sqrt(width / 4096)``.
         dims: of the residual stream; None takes published ones for known models and calibrates others (one forward of short
-            texts, once a model; see :func:`~interp.interventions.visual_sinks.calibrate_sinks`).
+            texts, once a model; see :func:`~interp.tracing.visual_sinks.calibrate_sinks`).
         sources: sinks that give: ``all`` (paper), ``visual`` (best in Table 5), ``text``.
         without_visual_sink: a layer that sees a sample without visual sinks leaves it alone (``skip``, release), or moves the
             text sinks' weight (``act``, the paper's formula).

@@ -13,9 +13,9 @@ from torch import Tensor
 from interp.interventions._base import Strength
 from interp.interventions.image_groups import reads_text, repeats, require_images, require_vision
 from interp.interventions.layers import read_layers, resolve_layers
-from interp.interventions.text_only import last_z
 from interp.models.anatomy import Anatomy, Site
 from interp.tracing.calls import Intervention, InterventionError, RunState, SiteCall
+from interp.tracing.text_only import last_z
 
 
 @dataclass(frozen=True, eq=False)

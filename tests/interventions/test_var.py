@@ -9,8 +9,8 @@ from transformers import DynamicCache
 import interp
 from interp import VAR, InterventionError
 from interp.interventions.image_groups import Prompt
-from interp.interventions.visual_sinks import calibrate_sinks, known_dimensions, phi, scaled_tau, sink_codes
 from interp.testing import build
+from interp.tracing.visual_sinks import calibrate_sinks, known_dimensions, phi, scaled_tau, sink_codes
 
 SOME = {"rho": 0.1, "tau": 1.8, "summ": 0.05, "dims": (0, 1, 2)}
 

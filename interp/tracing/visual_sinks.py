@@ -12,13 +12,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from interp.interventions.image_groups import Prompt
-from interp.interventions.text_only import text_module
 from interp.models.anatomy import Anatomy, Site, anatomy
 from interp.models.layout_tokens import special_ids
 from interp.models.model import unwrap
 from interp.tracing.calls import InterventionError, RunState
+from interp.tracing.prompt import Prompt
 from interp.tracing.session import untouched
+from interp.tracing.text_only import text_module
 
 EPSILON = 1e-6
 STANDS_OUT = 5.0
