@@ -448,13 +448,20 @@ def rows_kernel(
                         surprise = fade * (surprise + shift) + tl.sum(p * x, 1)
                     if MASS:
                         mass0 *= fade
-                        mass1 *= fade
-                        mass2 *= fade
-                        mass3 *= fade
-                        mass4 *= fade
-                        mass5 *= fade
-                        mass6 *= fade
-                        mass7 *= fade
+                        if N_GROUPS > 1:
+                            mass1 *= fade
+                        if N_GROUPS > 2:
+                            mass2 *= fade
+                        if N_GROUPS > 3:
+                            mass3 *= fade
+                        if N_GROUPS > 4:
+                            mass4 *= fade
+                        if N_GROUPS > 5:
+                            mass5 *= fade
+                        if N_GROUPS > 6:
+                            mass6 *= fade
+                        if N_GROUPS > 7:
+                            mass7 *= fade
                     total *= fade
                     top = new_top
                     if OUTPUT:

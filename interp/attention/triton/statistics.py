@@ -317,13 +317,20 @@ def mass_kernel(
                 if only != -2:
                     in_tile = tl.sum(p, 1)
                     mass0 += tl.where(only == 0, in_tile, 0.0)
-                    mass1 += tl.where(only == 1, in_tile, 0.0)
-                    mass2 += tl.where(only == 2, in_tile, 0.0)
-                    mass3 += tl.where(only == 3, in_tile, 0.0)
-                    mass4 += tl.where(only == 4, in_tile, 0.0)
-                    mass5 += tl.where(only == 5, in_tile, 0.0)
-                    mass6 += tl.where(only == 6, in_tile, 0.0)
-                    mass7 += tl.where(only == 7, in_tile, 0.0)
+                    if N_GROUPS > 1:
+                        mass1 += tl.where(only == 1, in_tile, 0.0)
+                    if N_GROUPS > 2:
+                        mass2 += tl.where(only == 2, in_tile, 0.0)
+                    if N_GROUPS > 3:
+                        mass3 += tl.where(only == 3, in_tile, 0.0)
+                    if N_GROUPS > 4:
+                        mass4 += tl.where(only == 4, in_tile, 0.0)
+                    if N_GROUPS > 5:
+                        mass5 += tl.where(only == 5, in_tile, 0.0)
+                    if N_GROUPS > 6:
+                        mass6 += tl.where(only == 6, in_tile, 0.0)
+                    if N_GROUPS > 7:
+                        mass7 += tl.where(only == 7, in_tile, 0.0)
                 else:
                     kind = tl.load(groups_ptr + b * groups_b + cols, mask=col_ok, other=-1).to(tl.int32)[None, :]
                     mass0 += tl.sum(tl.where(kind == 0, p, 0.0), 1)
