@@ -35,6 +35,8 @@ class ScoreInfo(NamedTuple):
         stacks: stacks it applies to.
         probe: the probe it runs on by default.
         settings: keyword arguments and their defaults.
+        control: what the score's ``null`` is.
+        needs: what the model must be.
     """
 
     name: str
@@ -44,6 +46,8 @@ class ScoreInfo(NamedTuple):
     stacks: tuple[str, ...]
     probe: str
     settings: dict[str, Any]
+    control: str = ""
+    needs: str = ""
 
 
 def scores() -> list[ScoreInfo]:
@@ -89,7 +93,7 @@ def _class(name: str) -> type[HeadScore]:
 
 def _info(method: type[HeadScore]) -> ScoreInfo:
     settings = {f.name: f.default for f in fields(method)}
-    return ScoreInfo(method.name, method.summary, method.paper, method.unit, method.stacks, method.probe, settings)
+    return ScoreInfo(method.name, method.summary, method.paper, method.unit, method.stacks, method.probe, settings, method.control, method.needs)
 
 
 def __getattr__(name: str) -> Any:

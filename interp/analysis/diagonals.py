@@ -40,9 +40,6 @@ class DiagonalScore(HeadScore):
 
         return RepeatedTokens()
 
-    def notes(self) -> dict[str, Any]:
-        return {"control": self.control}
-
     def offsets(self, sample: Any) -> list[int]:
         raise NotImplementedError
 

@@ -44,6 +44,7 @@ class Entropy(HeadScore):
     unit: ClassVar[str] = "nats"
     stacks: ClassVar[tuple[str, ...]] = ("any",)
     probe: ClassVar[str] = "Passages"
+    control: ClassVar[str] = "shuffled tokens"
 
     stack: str = "text"
     normalise: bool = False
@@ -57,9 +58,6 @@ class Entropy(HeadScore):
         from probes.text import Passages
 
         return Passages()
-
-    def notes(self) -> dict[str, Any]:
-        return {"control": "shuffled tokens"}
 
     @property
     def result_unit(self) -> str:

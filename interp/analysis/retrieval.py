@@ -51,6 +51,7 @@ class Retrieval(HeadScore):
     paper: ClassVar[str] = "Wu et al. 2025, https://arxiv.org/abs/2404.15574"
     unit: ClassVar[str] = "fraction of needle tokens"
     probe: ClassVar[str] = "NeedleInHaystack"
+    control: ClassVar[str] = "a span of the same length elsewhere in the prompt"
 
     dedupe: bool = True
     mode: Literal["generate", "teacher_forced"] = "generate"
@@ -71,9 +72,6 @@ class Retrieval(HeadScore):
         from probes.needle import NeedleInHaystack
 
         return NeedleInHaystack()
-
-    def notes(self) -> dict[str, Any]:
-        return {"control": "a span of the same length elsewhere in the prompt"}
 
     def run(self, model: Any, probe: Any = None, *, progress: bool = True) -> xr.Dataset:
         """See :meth:`HeadScore.run`; warns where no sample passed the gate."""

@@ -36,6 +36,8 @@ class HeadScore:
     unit: ClassVar[str]
     stacks: ClassVar[tuple[str, ...]] = ("text",)
     probe: ClassVar[str]
+    control: ClassVar[str] = ""
+    needs: ClassVar[str] = ""
 
     @property
     def measured_stack(self) -> str:
@@ -56,7 +58,7 @@ class HeadScore:
 
     def notes(self) -> dict[str, Any]:
         """What else belongs among the settings of the result, such as the control."""
-        return {}
+        return {"control": self.control} if self.control else {}
 
     def run(self, model: Any, probe: Any = None, *, progress: bool = True) -> xr.Dataset:
         """The score of every head of the stack, as :func:`interp.score` describes it.

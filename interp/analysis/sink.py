@@ -47,6 +47,7 @@ class Sink(HeadScore):
     unit: ClassVar[str] = "fraction of samples"
     stacks: ClassVar[tuple[str, ...]] = ("any",)
     probe: ClassVar[str] = "Passages"
+    control: ClassVar[str] = "the key in the middle"
 
     stack: str = "text"
     key: int = 0
@@ -72,9 +73,6 @@ class Sink(HeadScore):
         from probes.text import Passages
 
         return Passages(n=64, length=self.length)
-
-    def notes(self) -> dict[str, Any]:
-        return {"control": "the key in the middle"}
 
     @property
     def result_unit(self) -> str:
