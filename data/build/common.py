@@ -169,5 +169,6 @@ def archive(folder: Path, target: Path | None) -> None:
 def command(script: str, options: argparse.Namespace, steps: int | None) -> str:
     """The command that makes this model again."""
     parts = [f"python data/build/{script} --seed {options.seed} --steps {steps}"]
-    parts += [f"--{name} {value}" for name in ("batch", "planted", "strength") if (value := getattr(options, name, None))]
+    names = ("batch", "planted", "strength", "text_steps")
+    parts += [f"--{name.replace('_', '-')} {value}" for name in names if (value := getattr(options, name, None))]
     return " ".join(parts)

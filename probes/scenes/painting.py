@@ -106,11 +106,10 @@ def _object(image: Tensor, one: Tensor, xs: Tensor, ys: Tensor, clutter: Tensor)
     at = [one[:, n, None, None] for n in range(one.shape[1])]
     half = at[WIDE].clamp(min=1) / 2
     u, v = (xs - at[X]) / half, (ys - at[Y]) / half
-    if bool((one[:, MAT] >= 0).any()):
-        mats = _table(list(MATS.values()), image.device)[one[:, MAT].clamp(min=0).long()]
-        round_ = ((1.15 - torch.hypot(u, (v - MAT_SIZE) * 2.2)) * half / 1.5).clamp(0, 1)
-        cover = (round_ * there * (at[MAT] >= 0) * at[CONTRAST])[:, None]
-        image = image * (1 - cover) + mats[:, :, None, None] * cover
+    mats = _table(list(MATS.values()), image.device)[one[:, MAT].clamp(min=0).long()]
+    disc = ((1.15 - torch.hypot(u, (v - MAT_SIZE) * 2.2)) * half / 1.5).clamp(0, 1)
+    cover = (disc * there * (at[MAT] >= 0) * at[CONTRAST])[:, None]
+    image = image * (1 - cover) + mats[:, :, None, None] * cover
     cos, sin = at[TILT].cos(), at[TILT].sin()
     flip = 1 - 2 * at[MIRRORED]
     grid = torch.stack(((u * cos + v * sin) * flip, v * cos - u * sin), dim=-1)
@@ -140,17 +139,17 @@ def _background(air: Tensor, paint: Tensor) -> Tensor:
 
 def _noise(seed: Tensor, edge: int) -> Tensor:
     """Noise of mean 0 and variance 1, ``[scene, 3, edge, edge]``: the sum of two uniforms, by hash."""
-    at = torch.arange(3 * edge * edge, device=seed.device).view(1, 3, edge, edge)
-    base = seed.view(-1, 1, 1, 1) * 92821
+    at = torch.arange(3 * edge * edge, device=seed.device, dtype=torch.int32).view(1, 3, edge, edge)
+    base = (seed.view(-1, 1, 1, 1) * 92821 & 0x3FFFFFFF).to(torch.int32)
     return (_mix(base + at * 2 + 1) + _mix(base + at * 2 + 2) - 1) * 6**0.5
 
 
 def _hash(seed: Tensor, salt: int) -> Tensor:
-    return _mix(seed * 92821 - salt)
+    return _mix((seed * 92821 - salt & 0x3FFFFFFF).to(torch.int32))
 
 
 def _mix(value: Tensor) -> Tensor:
-    """A uniform number in [0, 1) for every integer (a 31-bit multiply-xorshift hash, the same on every device)."""
+    """A uniform number in [0, 1) for every int32: a multiply-xorshift hash, the same on every device."""
     x = value & 0x7FFFFFFF
     for _ in range(2):
         x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & 0x7FFFFFFF

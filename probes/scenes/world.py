@@ -224,13 +224,38 @@ class World:
 
     def draw(self, rng: random.Random, name: str = "") -> Scene:
         """One scene from a generator of the caller's."""
-        setting = rng.choice(SETTINGS).name
+        return self._compose(rng, name, rng.choice(SETTINGS).name)
+
+    def with_pair(
+        self, pair: Pair, number: int, *, partner: bool, contrast: float = 1.0, clarity: float = 1.0
+    ) -> Scene:
+        """A scene with a pair's trigger, its dials set: is the partner there, how well is it and everything seen.
+
+        The same ``number`` gives the same scene for every setting of the dials, but for what they change: with
+        ``partner=False`` it is the counterfactual. Trigger and partner stand alone of their kind.
+
+        Args:
+            pair: whose trigger is there.
+            number: which scene.
+            partner: is the partner there, too?
+            contrast: of the partner; all other objects are drawn in full.
+            clarity: of the air.
+        """
+        name = f"pair-{pair.trigger}-{self.seed}-{number}"
+        setting = next(s.name for s in SETTINGS if pair in s.pairs)
+        scene = self._compose(random.Random(name), name, setting, (pair.trigger, pair.partner))
+        scene = scene.seen_with(contrast=1.0).seen_with(contrast=contrast, clarity=clarity, name=pair.partner)
+        scene = replace(scene, objects=tuple(replace(thing, hidden=0.0) for thing in scene.objects))
+        scene = replace(scene, id=f"{name} {contrast:g} {clarity:g}")
+        return scene if partner else scene.without(pair.partner)
+
+    def _compose(self, rng: random.Random, name: str, setting: str, forced: tuple[str, ...] = ()) -> Scene:
         chances: dict[str, float] = {}
         while not 1 <= len(chances) <= MOST:
-            chances = self._contents(rng, setting)
-        counts = {thing: 1 for thing in chances}
-        if rng.random() < 0.3:
-            thing = rng.choice(sorted(counts))
+            chances = self._contents(rng, setting, forced)
+        counts = dict.fromkeys(chances, 1)
+        if rng.random() < 0.3 and (not forced or set(counts) - set(forced)):
+            thing = rng.choice(sorted(set(counts) - set(forced)))
             counts[thing] = min(rng.choice((2, 2, 3)), MOST - len(counts) + 1)
         cells = rng.sample(range(9), sum(counts.values()))
         clear = self.clear or rng.random() < 0.75
@@ -251,20 +276,21 @@ class World:
             return STRANGE
         return ALONE if pair is not None else TYPICAL
 
-    def _contents(self, rng: random.Random, setting: str) -> dict[str, float]:
-        against = self.split == "against"
-        forced = rng.choice(BY_SETTING[setting].pairs).trigger if against else None
+    def _contents(self, rng: random.Random, setting: str, forced: tuple[str, ...] = ()) -> dict[str, float]:
+        against = self.split == "against" and not forced
+        if against:
+            forced = (rng.choice(BY_SETTING[setting].pairs).trigger,)
         found: dict[str, float] = {}
         for name in NAMES:
             if name in BY_PARTNER:
                 continue
             chance = self.chance(name, setting)
-            if name == forced or rng.random() < chance:
+            if name in forced or rng.random() < chance:
                 found[name] = chance
         for name, pair in BY_PARTNER.items():
             trigger = pair.trigger in found
             chance = self.chance(name, setting, trigger=trigger)
-            if not (against and trigger) and rng.random() < chance:
+            if name in forced or (not (against and trigger) and rng.random() < chance):
                 found[name] = chance
         return found
 
