@@ -98,7 +98,10 @@ class TopKMask(HeadPolicy):
         if where is None or n_keys == 1 or (self.mode == "keep" and self.k >= n_keys):
             return None
         mine = self.mine(call)
-        found = top_keys(call, mine, min(self.k + 1, n_keys))
+        # One readout for all layers that are asked the same: the op prepares for each once.
+        key = ("readouts", tuple(mine), tuple(call.q.shape[:3]), n_keys, call.q.device)
+        readouts = self.kept(call, key, lambda: _readouts(call, mine), lasting=False)
+        found = top_keys(call, min(self.k + 1, n_keys), readouts)
         shape = (*call.q.shape[:3],)
         if self.mode == "keep":
             value = torch.full(shape, -torch.inf, device=call.q.device)
@@ -133,28 +136,48 @@ class TopKeys(NamedTuple):
     lse: Tensor
 
 
-def top_keys(call: SiteCall, heads: list[int], k: int) -> TopKeys:
-    """The k largest weights of every row of chosen heads, as edited so far."""
+def top_keys(call: SiteCall, k: int, readouts: list[tuple[int, Readout]]) -> TopKeys:
+    """The k largest weights of every row of chosen heads, as edited so far.
+
+    Args:
+        readouts: first row and readout of each block of rows (see :func:`_readouts`).
+    """
     batch, n_heads, n_queries, _ = call.q.shape
-    n_keys = call.k.shape[2]
     edit = combine(*call.edits)
-    chosen = torch.tensor(heads, device=call.q.device)
-    step = max(1, BLOCK // (batch * n_heads * n_keys))
     parts: list[TopKeys] = []
-    for start in range(0, n_queries, step):
-        stop = min(start + step, n_queries)
-        tile = Tile((0, batch), (0, n_heads), (start, stop), (0, n_keys))
-        bias = call.bias if call.bias is None or call.bias.shape[2] == 1 else call.bias[:, :, start:stop]
+    for start, readout in readouts:
+        stop = n_queries if len(readouts) == 1 else start + len(_rows(readout))
+        q, mask, bias, part = call.q, call.mask, call.bias, edit
+        if len(readouts) > 1:
+            tile = Tile((0, batch), (0, n_heads), (start, stop), (0, call.k.shape[2]))
+            q, mask, part = q[:, :, start:stop], mask.rows(start, stop), None if edit is None else tile_edit(edit, tile)
+            bias = bias if bias is None or bias.shape[2] == 1 else bias[:, :, start:stop]
         readings = attend(
-            call.q[:, :, start:stop].detach(), call.k.detach(), call.v.detach(), scale=call.scale, mask=call.mask.rows(start, stop),
-            softcap=call.softcap, sinks=call.sinks, bias=bias, edit=None if edit is None else tile_edit(edit, tile),
-            readout=Readout(heads=chosen, rows=torch.arange(stop - start, device=call.q.device), row_stats=True), want_output=False,
+            q.detach(), call.k.detach(), call.v.detach(), scale=call.scale, mask=mask, softcap=call.softcap, sinks=call.sinks,
+            bias=bias, edit=part, readout=readout, want_output=False,
         ).readings  # fmt: skip
         assert readings.rows is not None
         assert readings.lse is not None
         weights, slots = readings.rows.topk(k, dim=-1)
         parts.append(TopKeys(weights, slots + call.mask.kv_offset, readings.lse))
     return TopKeys(*(torch.cat([getattr(part, name) for part in parts], 2) for name in TopKeys._fields))
+
+
+def _rows(readout: Readout) -> Tensor:
+    assert readout.rows is not None
+    return readout.rows
+
+
+def _readouts(call: SiteCall, heads: list[int]) -> list[tuple[int, Readout]]:
+    """Readouts of whole rows, block by block."""
+    batch, n_heads, n_queries, _ = call.q.shape
+    device = call.q.device
+    chosen = torch.tensor(heads, device=device)
+    step = max(1, BLOCK // (batch * n_heads * call.k.shape[2]))
+    return [
+        (start, Readout(heads=chosen, rows=torch.arange(min(step, n_queries - start), device=device), row_stats=True))
+        for start in range(0, n_queries, step)
+    ]
 
 
 def _between(found: TopKeys, k: int) -> Tensor:
