@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -56,6 +56,10 @@ class HeadScore:
         """Value and control of one sample of ``probe``, each ``[sample, layer, head]``."""
         raise NotImplementedError
 
+    def arrange(self, samples: list[Any]) -> list[Any]:
+        """What ``values`` gets one by one: the samples, or each with another one for a control."""
+        return samples
+
     def notes(self) -> dict[str, Any]:
         """What else belongs among the settings of the result, such as the control."""
         return {"control": self.control} if self.control else {}
@@ -71,7 +75,7 @@ class HeadScore:
         model = as_model(model)
         require_stack(model, self.measured_stack)
         probe = self.default_probe() if probe is None else probe
-        samples = build(probe, model)
+        samples = self.arrange(build(probe, model))
         found: list[tuple[Floats, Floats | None]] = []
         with torch.no_grad():
             for sample in track(samples, self.name, progress):
@@ -146,8 +150,19 @@ def on_grid(array: xr.DataArray, model: Model, stack: str) -> Floats:
     return full.values.astype(np.float64)
 
 
-def track(samples: Sequence[Any], label: str, show: bool) -> Iterator[Any]:
-    """The samples, with a progress bar where somebody watches."""
+def track(samples: Sequence[Any], label: str, show: bool | Callable[[int, int], None]) -> Iterator[Any]:
+    """The samples, with a progress bar where somebody watches.
+
+    Args:
+        show: a function of (samples done, samples in all) is called before each sample and after the last instead; what it
+            raises ends the work there.
+    """
+    if callable(show):
+        for done, sample in enumerate(samples):
+            show(done, len(samples))
+            yield sample
+        show(len(samples), len(samples))
+        return
     from rich.console import Console
     from rich.progress import track as bar
 
