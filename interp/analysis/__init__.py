@@ -18,6 +18,12 @@ _HOMES = {
     "duplicate_token": ("diagonals", "DuplicateToken"),
     "induction": ("diagonals", "Induction"),
     "retrieval": ("retrieval", "Retrieval"),
+    "vision_aware_divergence": ("vision_divergence", "VisionAwareDivergence"),
+    "local_vision_divergence": ("local_divergence", "LocalDivergence"),
+    "image_mass": ("image_mass", "ImageMass"),
+    "image_centric": ("image_centric", "ImageCentric"),
+    "visual_sink_share": ("image_centric", "VisualSinkShare"),
+    "grounding": ("grounding", "Grounding"),
 }
 _CLASSES = {class_name: home for home, class_name in _HOMES.values()}
 
@@ -93,7 +99,17 @@ def _class(name: str) -> type[HeadScore]:
 
 def _info(method: type[HeadScore]) -> ScoreInfo:
     settings = {f.name: f.default for f in fields(method)}
-    return ScoreInfo(method.name, method.summary, method.paper, method.unit, method.stacks, method.probe, settings, method.control, method.needs)
+    return ScoreInfo(
+        method.name,
+        method.summary,
+        method.paper,
+        method.unit,
+        method.stacks,
+        method.probe,
+        settings,
+        method.control,
+        method.needs,
+    )
 
 
 def __getattr__(name: str) -> Any:
