@@ -1,0 +1,247 @@
+"""Weights of a site's projections, head by head, and the direction in which a write moves a logit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interp.analysis.running import AnalysisError
+from interp.models.anatomy import Site, anatomy
+from interp.models.model import Model
+
+NAMES = {
+    "q": ("q_proj", "query", "q", "q_lin", "query_proj"),
+    "k": ("k_proj", "key", "k", "k_lin", "key_proj"),
+    "v": ("v_proj", "value", "v", "v_lin", "value_proj"),
+}
+FUSED = ("qkv_proj", "qkv", "Wqkv", "c_attn")
+INTERLEAVED = ("query_key_value",)
+NORMS_BEFORE = ("input_layernorm", "ln_1", "layernorm_before", "layer_norm1", "norm1", "self_attn_layer_norm")
+
+
+@dataclass(frozen=True, eq=False)
+class HeadWeights:
+    """One site's weights in fp32, by query head; keys and values of GQA are repeated.
+
+    Right multiplication: ``q = x @ W_Q[h]``, ``write = z @ W_O[h]``.
+
+    Attributes:
+        W_Q, W_K: ``[H, d, D]``, without rotation by position and without norms of q and k.
+        W_V: ``[H, d, Dv]``.
+        W_O: ``[H, Dv, d]``.
+    """
+
+    W_Q: Tensor
+    W_K: Tensor
+    W_V: Tensor
+    W_O: Tensor
+
+
+def linear_weight(module: nn.Module, width: int) -> Tensor:
+    """fp32 ``[width, out]`` of an affine map, by running it on the identity: quantised, LoRA and offloaded weights too."""
+    parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
+    dtype = torch.float32 if parameter is None else parameter.dtype
+    device = torch.device("cpu") if parameter is None or parameter.device.type == "meta" else parameter.device
+    eye = torch.eye(width, dtype=dtype, device=device)
+    with torch.no_grad():
+        out: Tensor = module(torch.cat([eye, torch.zeros_like(eye[:1])]))
+    return (out[:-1] - out[-1:]).float().cpu()
+
+
+def output_weight(model: Model, site: Site) -> Tensor:
+    """``W_O [H, Dv, d]`` of a site.
+
+    Raises:
+        AnalysisError: no output projection is known.
+    """
+    attention = model.module.get_submodule(site.name)
+    if site.out_proj is None:
+        raise AnalysisError(f"the output projection of {site.name} ({type(attention).__name__}) is not known")
+    weight = linear_weight(getattr(attention, site.out_proj), site.n_heads * site.v_head_dim)
+    return weight.reshape(site.n_heads, site.v_head_dim, -1)
+
+
+def head_weights(model: Model, site: Site, *, fold_norm: bool = True) -> HeadWeights:
+    """All projections of a site.
+
+    Args:
+        model: the model.
+        site: which.
+        fold_norm: multiply W_Q, W_K, W_V by the weight of the norm in front (and centre them for a LayerNorm), as TransformerLens'
+            ``fold_ln`` does.
+
+    Raises:
+        AnalysisError: projections that are not recognised.
+    """
+    attention = model.module.get_submodule(site.name)
+    W_O = output_weight(model, site)
+    width = W_O.shape[-1]
+    sizes = {
+        "q": (site.n_heads, site.head_dim), "k": (site.n_kv_heads, site.head_dim), "v": (site.n_kv_heads, site.v_head_dim),
+    }  # fmt: skip
+    flat = _projections(attention, site, width, sizes)
+    norm = _norm_before(model, site) if fold_norm else None
+    heads: dict[str, Tensor] = {}
+    for name, weight in flat.items():
+        folded = weight if norm is None else _folded(norm, weight)
+        count, dim = sizes[name]
+        split = folded.reshape(width, count, dim).transpose(0, 1)
+        heads[name] = split.repeat_interleave(site.n_heads // count, 0)
+    return HeadWeights(heads["q"], heads["k"], heads["v"], W_O)
+
+
+def _projections(
+    attention: nn.Module, site: Site, width: int, sizes: Mapping[str, tuple[int, int]]
+) -> dict[str, Tensor]:
+    """``[width, heads * dim]`` of q, k and v."""
+    # ViT's own class keeps them one level down in some releases.
+    for owner in (attention, getattr(attention, "attention", None)):
+        if not isinstance(owner, nn.Module):
+            continue
+        parts = {n: _child(owner, names) for n, names in NAMES.items()}
+        if all(part is not None for part in parts.values()):
+            return {n: linear_weight(part, width) for n, part in parts.items() if part is not None}
+        for name in (*FUSED, *INTERLEAVED):
+            fused = getattr(owner, name, None)
+            if not isinstance(fused, nn.Module):
+                continue
+            weight = linear_weight(fused, width)
+            wide = {n: count * dim for n, (count, dim) in sizes.items()}
+            if weight.shape[1] != sum(wide.values()):
+                break
+            if name in INTERLEAVED:
+                block = weight.reshape(width, site.n_heads, 3, site.head_dim)
+                return {n: block[:, :, i].reshape(width, -1) for i, n in enumerate("qkv")}
+            return dict(zip("qkv", weight.split(list(wide.values()), 1), strict=True))
+    raise AnalysisError(
+        f"the projections of {site.name} ({type(attention).__name__}) are not known: it has {[n for n, _ in attention.named_children()]}"
+    )
+
+
+def _child(owner: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+    """The first of these submodules that there is."""
+    return next((part for name in names if isinstance(part := getattr(owner, name, None), nn.Module)), None)
+
+
+def layer_module(model: Model, site: Site) -> nn.Module:
+    """The layer that holds a site."""
+    parts = site.name.split(".")
+    for n, part in enumerate(parts):
+        if part.isdigit() and int(part) == site.layer:
+            return model.module.get_submodule(".".join(parts[: n + 1]))
+    return model.module.get_submodule(site.name.rpartition(".")[0])
+
+
+def _norm_before(model: Model, site: Site) -> nn.Module | None:
+    return _child(layer_module(model, site), NORMS_BEFORE)
+
+
+def _folded(norm: nn.Module, weight: Tensor) -> Tensor:
+    gain: Any = getattr(norm, "weight", None)
+    if isinstance(gain, Tensor):
+        gain = gain.detach().float().cpu()
+        # Gemma's norms multiply by 1 + weight.
+        weight = (1 + gain if "Gemma" in type(norm).__name__ else gain)[:, None] * weight
+    return weight - weight.mean(0, keepdim=True) if isinstance(norm, nn.LayerNorm) else weight
+
+
+def require_plain_heads(model: Model, inputs: Mapping[str, Any], stack: str, name: str) -> list[Site]:
+    """Sites of a stack whose z goes straight into the output projection.
+
+    Raises:
+        AnalysisError: a model that gates or normalises in between (Qwen3-Next, BitNet).
+    """
+    with torch.no_grad():
+        sites = anatomy(model.module, inputs).stacks[stack]
+    gated = [site.name for site in sites if site.z_is_projected is False]
+    if gated:
+        raise AnalysisError(
+            f"{name} needs z to go straight into the output projection, and {gated[0]} changes it in between"
+        )
+    return sites
+
+
+class LogitDirections:
+    """For every row of one forward, what a write to the residual stream at some layer adds to a token's logit.
+
+    The final norm keeps the scale it had in that forward (as direct logit attribution does), and so does a norm that a model puts
+    between a layer's output projection and the stream (Gemma 2 and 3, OLMo 2). A softcap on logits is left out.
+    """
+
+    def __init__(self, model: Model, inputs: Mapping[str, Any], sites: list[Site], name: str) -> None:
+        """Run the model once.
+
+        Raises:
+            AnalysisError: no output embeddings, or a final norm that cannot be told.
+        """
+        head: Any = model.module.get_output_embeddings()
+        if head is None or getattr(head, "weight", None) is None:
+            raise AnalysisError(
+                f"{name} needs a model with output embeddings, and {type(model.module).__name__} has none"
+            )
+        last: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
+        self.centred, self.unembedding = False, head.weight.detach()
+        gains: list[Tensor] = []
+        after: dict[int, Tensor] = {}
+
+        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+                last["norm"] = (module, args[0].detach(), output.detach())
+
+        def read(_: nn.Module, args: tuple[Any, ...]) -> None:
+            module, x, y = last["norm"]
+            self.centred = isinstance(module, nn.LayerNorm)
+            gains.append(_gain(module, x, y))
+
+        def keep(layer: int) -> Any:
+            return lambda module, args, output: after.__setitem__(
+                layer, _gain(module, args[0].detach(), output.detach())
+            )
+
+        norms = [m for m in model.module.modules() if "Norm" in type(m).__name__ and not list(m.children())]
+        handles = [m.register_forward_hook(note) for m in norms] + [head.register_forward_pre_hook(read)]
+        for site in sites:
+            norm = _norm_after(layer_module(model, site))
+            if norm is not None:
+                handles.append(norm.register_forward_hook(keep(site.layer)))
+        try:
+            with torch.no_grad():
+                model(inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not gains:
+            raise AnalysisError(
+                f"{name} needs a final norm before the output embeddings of {type(model.module).__name__}"
+            )
+        self.gain, self.after = gains[0][0], after
+
+    def of(self, rows: list[int], weights: Tensor, layer: int) -> Tensor:
+        """``[row, n, d]``: at each row, the direction of every unembedding vector of ``weights [n, d]`` or ``[row, n, d]``."""
+        gain = self.gain[rows].float().cpu()[:, None]
+        directions = gain * weights.float().cpu()
+        if self.centred:
+            directions = directions - directions.mean(-1, keepdim=True)
+        if layer in self.after:
+            directions = directions * self.after[layer][0, rows].float().cpu()[:, None]
+        return directions
+
+
+def _gain(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Factor of each entry in a norm: ``y = gain * (x - mean) + bias`` for a LayerNorm, ``y = gain * x`` for others."""
+    x, y = x.float(), y.float()
+    if isinstance(module, nn.LayerNorm):
+        scale = (x.var(-1, unbiased=False, keepdim=True) + module.eps).rsqrt()
+        return scale.expand_as(x) if module.weight is None else scale * module.weight.detach().float()
+    return torch.where(x == 0, 0.0, y / torch.where(x == 0, 1.0, x))
+
+
+def _norm_after(layer: nn.Module) -> nn.Module | None:
+    """The norm between attention's output and the residual stream."""
+    norm = getattr(layer, "post_attention_layernorm", None)
+    sandwich = hasattr(layer, "pre_feedforward_layernorm") or not any(hasattr(layer, n) for n in NORMS_BEFORE)
+    return norm if isinstance(norm, nn.Module) and sandwich else None
