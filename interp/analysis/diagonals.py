@@ -134,3 +134,40 @@ class Induction(DiagonalScore):
 
     def offsets(self, sample: Any) -> list[int]:
         return [c * sample.length - 1 for c in range(1, sample.repeats)]
+
+
+@dataclass(frozen=True)
+class PrefixMatching(DiagonalScore):
+    """Prefix matching of Olsson et al. 2022, https://arxiv.org/abs/2209.11895, appendix: the mean of the entries themselves.
+
+    Formula, S tokens a copy, r copies: mean of ``A[i, j + 1]`` over all pairs of a row i behind the first copy and an earlier occurrence j
+    of its token (the token *after* it counts: erratum of 2022-09-20). A head that splits its weight over the occurrences scores 0.5 at
+    r = 4, where ``induction``, the sum over occurrences, gives 1. From ``offset`` of the rows of each copy.
+
+    Unit: fraction of row mass an entry.
+    Probe: ``RepeatedTokens(length=25, repeats=4)``. Control: the same entries of an un-repeated random sequence.
+    When not to use: to compare with TransformerLens, whose sum is ``induction``.
+    """
+
+    name: ClassVar[str] = "prefix_matching"
+    summary: ClassVar[str] = "mean weight on each token that followed an earlier occurrence of the current one"
+    paper: ClassVar[str] = "Olsson et al. 2022, https://arxiv.org/abs/2209.11895"
+
+    def default_probe(self) -> Any:
+        from probes.repeated import RepeatedTokens
+
+        return RepeatedTokens(length=25, repeats=4)
+
+    def values(self, model: Model, sample: Any, probe: Any) -> tuple[Floats, Floats | None]:
+        self.check(sample)
+        means: list[Floats] = []
+        for text in (sample, sample.control):
+            total: xr.DataArray | float = 0.0
+            for copy in range(1, sample.repeats):
+                start = sample.start + copy * sample.length
+                # The offset behind the first token of copy c reaches c occurrences back.
+                found = histogram(model, text, range(start, start + sample.length))
+                total = total + diagonal_mean(found, [c * sample.length - 1 for c in range(1, copy + 1)], sample.length)
+            entries = sum(range(1, sample.repeats))
+            means.append(on_grid(xr.DataArray(total) / entries, model, "text"))
+        return means[0], means[1]

@@ -13,7 +13,17 @@ import torch
 import xarray as xr
 from numpy.typing import NDArray
 
-from interp.analysis.running import AnalysisError, Floats, HeadScore, forward, inputs_of, on_grid
+from interp.analysis.running import (
+    AnalysisError,
+    Floats,
+    HeadScore,
+    as_model,
+    build,
+    describe,
+    forward,
+    inputs_of,
+    on_grid,
+)
 from interp.models.model import Model
 from interp.tracing.capture import Capture
 from interp.tracing.session import hooked
@@ -40,6 +50,11 @@ class Retrieval(HeadScore):
         gate: only samples whose answer the probe judges right count (the others are NaN); None is True for
             ``"generate"``. The released code asks for ROUGE-1 recall > 50 % instead, and skips failures too.
         max_new_tokens: 50, the released code's; decoding also ends with the first newline, as there.
+        skip_first: the largest weight is looked for among all keys but the first position, where many heads keep a sink. The
+            paper and its code count it.
+
+    The result has coordinates ``length``, ``depth`` and, where the probe judges, ``solved`` by sample: with ``gate=False`` the
+    scores conditional on success and not are both in it. ``settings["gate_rate"]`` is the share that was solved.
 
     Needs: a decoder with a tokenizer; the span is the *answer's* (the released code's ``real_needle``), not the sentence's.
     Probe: ``NeedleInHaystack``. Control: the same count for a span of the same length elsewhere in the same prompt.
@@ -57,6 +72,7 @@ class Retrieval(HeadScore):
     mode: Literal["generate", "teacher_forced"] = "generate"
     gate: bool | None = None
     max_new_tokens: int = 50
+    skip_first: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in ("generate", "teacher_forced"):
@@ -73,18 +89,30 @@ class Retrieval(HeadScore):
 
         return NeedleInHaystack()
 
-    def run(self, model: Any, probe: Any = None, *, progress: bool = True) -> xr.Dataset:
+    def run(self, model: Any, probe: Any = None, **options: Any) -> xr.Dataset:
         """See :meth:`HeadScore.run`; warns where no sample passed the gate."""
         probe = self.default_probe() if probe is None else probe
         if self._gated and not callable(getattr(probe, "judge", None)):
             raise AnalysisError(
                 f"gate=True needs a probe with judge(sample, text), got {type(probe).__name__}: pass gate=False"
             )
-        score = super().run(model, probe, progress=progress)
-        if not bool((score["n"] > 0).any()):
-            warnings.warn(
-                "no sample passed the gate: the model did not find any needle, so there is no score", stacklevel=2
-            )
+        judged = _Judged(probe, build(probe, as_model(model)))
+        score = super().run(model, judged, **options)
+        score.attrs["settings"]["probe"] = describe(probe)
+        labels = {name: [getattr(s, name, np.nan) for s in judged.samples] for name in ("depth", "target_length")}
+        score = score.assign_coords(
+            length=("sample", labels["target_length"]), depth=("sample", np.asarray(labels["depth"], dtype=np.float64))
+        )
+        if judged.verdicts:
+            rate = float(np.mean(judged.verdicts))
+            score = score.assign_coords(solved=("sample", judged.verdicts))
+            score.attrs["settings"]["gate_rate"] = rate
+            if self._gated and not rate:
+                warnings.warn(
+                    f"no sample passed the gate: the model solved 0 of {len(judged.verdicts)} (rate 0.00), so there is no "
+                    f"{self.name} score",
+                    stacklevel=2,
+                )
         return score
 
     @property
@@ -101,7 +129,8 @@ class Retrieval(HeadScore):
             self._forced(model, sample) if self.mode == "teacher_forced" else self._generated(model, sample)
         )
         control = elsewhere(len(sample.ids), sample.answer_span, sample.needle_span)
-        passed = not self._gated or probe.judge(sample, text)
+        passed = probe.judge(sample, text) if callable(getattr(probe, "judge", None)) else True
+        passed = passed or not self._gated
         value, null = (
             on_grid(copied(top_key, produced, sample.ids, span, dedupe=self.dedupe), model, "text")
             for span in (sample.answer_span, control)
@@ -110,7 +139,7 @@ class Retrieval(HeadScore):
 
     def _generated(self, model: Model, sample: Any) -> tuple[xr.DataArray, list[int], str]:
         inputs = inputs_of(sample, model)
-        with hooked(model, capture=Capture(topk=1, queries="last", stacks=("text",))) as run:
+        with hooked(model, capture=self._capture("last")) as run:
             ids = model.generate(
                 inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1, return_dict_in_generate=False,
                 stopping_criteria=_at_newline(model, len(sample.ids)),
@@ -118,7 +147,7 @@ class Retrieval(HeadScore):
         data = run.trace["text"]
         # The row that was fed at position q produces the token at q + 1: the trace pairs them.
         produced = data["token_produced_id"].values[0].tolist()
-        return data["topk_key"].isel(k=0), produced, model.decode(ids[0, len(sample.ids) :])
+        return self._top(data), produced, model.decode(ids[0, len(sample.ids) :])
 
     def _forced(self, model: Model, sample: Any) -> tuple[xr.DataArray, list[int], str]:
         answer = list(sample.answer_ids)
@@ -126,8 +155,33 @@ class Retrieval(HeadScore):
         ids = torch.tensor([[*sample.ids, *answer]], device=model.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         rows = tuple(range(first, first + len(answer)))
-        data = forward(model, inputs, Capture(topk=1, queries=rows, stacks=("text",)), "text")
-        return data["topk_key"].isel(k=0), answer, sample.answer
+        data = forward(model, inputs, self._capture(rows), "text")
+        return self._top(data), answer, sample.answer
+
+    def _capture(self, rows: Any) -> Capture:
+        return Capture(topk=1 + self.skip_first, queries=rows, stacks=("text",))
+
+    def _top(self, data: xr.Dataset) -> xr.DataArray:
+        keys = data["topk_key"]
+        first = keys.isel(k=0)
+        return xr.where(first == 0, keys.isel(k=1), first) if self.skip_first else first
+
+
+class _Judged:
+    """A probe whose samples are made, which remembers what it judged."""
+
+    def __init__(self, probe: Any, samples: list[Any]) -> None:
+        self.samples, self.verdicts = samples, list[bool]()
+        self._judge = getattr(probe, "judge", None)
+        self.judge: Any = self._record if callable(self._judge) else None
+
+    def build(self, model: Any) -> list[Any]:
+        return self.samples
+
+    def _record(self, sample: Any, text: str) -> bool:
+        assert self._judge is not None
+        self.verdicts.append(bool(self._judge(sample, text)))
+        return self.verdicts[-1]
 
 
 def copied(
