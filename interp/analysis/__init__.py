@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 _HOMES = {
     "entropy": ("entropy", "Entropy"),
     "sink": ("sink", "Sink"),
+    "effective_keys": ("effective_keys", "EffectiveKeys"),
+    "top_k_mass": ("top_k_mass", "TopKMass"),
+    "selection_margin": ("selection_margin", "SelectionMargin"),
+    "attention_distance": ("attention_distance", "AttentionDistance"),
+    "elasticity": ("elasticity", "Elasticity"),
+    "redundancy": ("redundancy", "Redundancy"),
     "previous_token": ("diagonals", "PreviousToken"),
     "duplicate_token": ("diagonals", "DuplicateToken"),
     "induction": ("diagonals", "Induction"),
@@ -31,6 +37,16 @@ _HOMES = {
     "image_centric": ("image_centric", "ImageCentric"),
     "visual_sink_share": ("image_centric", "VisualSinkShare"),
     "grounding": ("grounding", "Grounding"),
+    "ablation": ("ablation", "Ablation"),
+    "direct_effect": ("direct_effect", "DirectEffect"),
+    "logit_attribution": ("logit_attribution", "LogitAttribution"),
+    "activation_patching": ("activation_patching", "ActivationPatching"),
+    "attribution_patching": ("attribution_patching", "AttributionPatching"),
+    "path_patching": ("path_patching", "PathPatching"),
+    "head_gates": ("head_gates", "HeadGates"),
+    "write_norm": ("write_norm", "WriteNorm"),
+    "entry_influence": ("entry_influence", "EntryInfluence"),
+    "vit_importance": ("vit_importance", "VitImportance"),
 }
 _CLASSES = {class_name: home for home, class_name in _HOMES.values()}
 

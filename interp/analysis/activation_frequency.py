@@ -63,7 +63,7 @@ def by_context(score: xr.Dataset, by: str = "length") -> xr.Dataset:
 
     value, frequency = split(samples), split(above(samples, 0.0))
     active = above(samples, 0.0)
-    counted = ~np.isnan(samples).all((1, 2))
+    counted = np.asarray(np.isfinite(samples).any(axis=(1, 2)))
     ever: Floats = _mean(active)
     sometimes: Floats = np.extract(ever > 0, ever)
     agreement = np.array([[_spearman(a, b) for b in value] for a in value])

@@ -65,11 +65,12 @@ class Entropy(HeadScore):
 
     def values(self, model: Model, sample: Any, probe: Any) -> tuple[Floats, Floats | None]:
         inputs = inputs_of(sample, model)
-        value = self._mean(model, inputs)
+        value = self.mean(model, inputs)
         shuffled = shuffle(inputs, model, self.shuffle_seed) if self.stack == "text" else None
-        return value, None if shuffled is None else self._mean(model, shuffled)
+        return value, None if shuffled is None else self.mean(model, shuffled)
 
-    def _mean(self, model: Model, inputs: Mapping[str, Any]) -> Floats:
+    def mean(self, model: Model, inputs: Mapping[str, Any]) -> Floats:
+        """Mean over the real rows, ``[sample, layer, head]``."""
         data = forward(model, inputs, Capture(row_stats=True, stacks=(self.stack,)), self.stack)
         entropy = data["entropy"]
         if self.normalise:
