@@ -30,6 +30,8 @@ _HOMES = {
     "retrieval": ("retrieval", "Retrieval"),
     "activation_frequency": ("activation_frequency", "ActivationFrequency"),
     "needle_contribution": ("needle_contribution", "NeedleContribution"),
+    "duo_attention": ("duo_attention", "DuoAttention"),
+    "streaming_mass": ("streaming_mass", "StreamingMass"),
     "query_mass": ("query_mass", "QueryMass"),
     "vision_aware_divergence": ("vision_divergence", "VisionAwareDivergence"),
     "local_vision_divergence": ("local_divergence", "LocalDivergence"),
