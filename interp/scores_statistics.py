@@ -58,8 +58,8 @@ def paired_test(
     """
     if n_permutations < 1:
         raise ValueError(f"n_permutations must be at least 1, got {n_permutations}")
-    first = _samples_of(a, "value_by_sample")
-    second = _samples_of(a, "null_by_sample") if b is None else _samples_of(b, "value_by_sample")
+    first = samples_of(a, "value_by_sample")
+    second = samples_of(a, "null_by_sample") if b is None else samples_of(b, "value_by_sample")
     if b is not None and metadata(a, "stack") != metadata(b, "stack"):
         raise ScoreError(f"scores must be of one stack, got {metadata(a, 'stack')!r} and {metadata(b, 'stack')!r}")
     if not _are_paired(first, second):
@@ -142,7 +142,7 @@ def bootstrap_ci(score: xr.Dataset, level: float = 0.95, n_resamples: int = 2000
         ScoreError: no samples were kept.
     """
     _check_level(level, n_resamples)
-    samples = _samples_of(score, "value_by_sample")
+    samples = samples_of(score, "value_by_sample")
     flat = samples.values.reshape(samples.sizes["sample"], -1)
     counts = _resample_counts(flat.shape[0], n_resamples, seed)
     tail = (1 - level) / 2
@@ -198,23 +198,23 @@ def rank_agreement(
     n = int(shared.sum())
     if n < 2:
         return RankAgreement(np.nan, np.nan, np.nan, n)
-    rho = float(_spearman(x[None, shared], y[None, shared])[0])
+    rho = float(spearman(x[None, shared], y[None, shared])[0])
     tail = (1 - level) / 2
     rng = np.random.default_rng(seed)
     if over == "heads":
         draws = [
-            _spearman(x[shared][index], y[shared][index])
+            spearman(x[shared][index], y[shared][index])
             for rows in _blocks(n_resamples, n)
             for index in [rng.integers(n, size=(rows.stop - rows.start, n))]
         ]
         resampled = np.concatenate(draws)
     else:
-        first, second = (_samples_of(score, "value_by_sample") for score in (a, b))
+        first, second = (samples_of(score, "value_by_sample") for score in (a, b))
         paired = _are_paired(first, second)
         first, second = xr.align(first, second, join="inner", exclude={"sample"})
         flat = [s.values.reshape(s.sizes["sample"], -1)[:, shared] for s in (first, second)]
         counts = [_resample_counts(f.shape[0], n_resamples, seed if paired else seed + i) for i, f in enumerate(flat)]
-        resampled = _spearman(*(_resampled_means(f, c) for f, c in zip(flat, counts, strict=True)))
+        resampled = spearman(*(_resampled_means(f, c) for f, c in zip(flat, counts, strict=True)))
     low, high = _quantiles(resampled[:, None], [tail, 1 - tail])[:, 0]
     return RankAgreement(rho, float(low), float(high), n)
 
@@ -251,7 +251,7 @@ def _sign_flip(differences: Floats, n_permutations: int, seed: int) -> Floats:
     return np.where(there.any(axis=0), p, np.nan).reshape(shape)
 
 
-def _spearman(x: Floats, y: Floats) -> Floats:
+def spearman(x: Floats, y: Floats) -> Floats:
     """Row by row, ``[resample, head]``; heads missing in either are left out of their row."""
     missing = np.isnan(x) | np.isnan(y)
     ranks = [pd.DataFrame(np.where(missing, np.nan, v)).rank(axis=1).to_numpy() for v in (x, y)]
@@ -302,7 +302,12 @@ def _are_paired(a: xr.DataArray, b: xr.DataArray) -> bool:
     return not labelled or bool((a["sample"].values == b["sample"].values).all())
 
 
-def _samples_of(score: xr.Dataset, variable: str) -> xr.DataArray:
+def samples_of(score: xr.Dataset, variable: str) -> xr.DataArray:
+    """A variable by sample, fp64 ``[sample, layer, head]``.
+
+    Raises:
+        ScoreError: it was not kept.
+    """
     if variable not in score or "sample" not in score[variable].dims:
         why = {
             "value_by_sample": "make it with keep_samples=True",

@@ -79,6 +79,7 @@ class Ablation(HeadScore):
     summary: ClassVar[str] = "what the model's output loses without the head (resample, mean, zero or uniform)"
     paper: ClassVar[str] = "Michel et al. 2019, https://arxiv.org/abs/1905.10650"
     unit: ClassVar[str] = "nats"
+    control: ClassVar[str] = "a row in which nothing is changed"
     stacks: ClassVar[tuple[str, ...]] = ("any",)
     probe: ClassVar[str] = "Passages"
 
@@ -112,9 +113,6 @@ class Ablation(HeadScore):
         from probes.text import Passages
 
         return Passages(n=8, length=64)
-
-    def notes(self) -> dict[str, Any]:
-        return {"control": "a row in which nothing is changed"}
 
     def run(self, model: Any, probe: Any = None, *, progress: bool = True) -> xr.Dataset:
         from interp.scores import make_score
@@ -193,7 +191,6 @@ def ablated(
     value, null = (np.full((1, n_layers, n_heads), np.nan) for _ in range(2))
     clean = replay.logits()[0].float()
     target = target.resolved(clean)
-    base = chosen.function(clean[None], clean, target)
     limit = rows or max(1, BATCH_BYTES // (4 * clean.numel()) - 1)
     wanted = None if heads is None else heads.by_layer(stack)
     found: list[tuple[int, list[int], Tensor]] = []
@@ -207,18 +204,24 @@ def ablated(
         for start in range(0, len(mine), limit):
             part = mine[start : start + limit]
             logits = _without(replay, site, part, kind, values, branch)
-            # The row in which nothing is changed is the baseline: it went through the very same kernels.
-            found.append((site.layer, part, _metric(chosen.function, logits, target)))
-    for layer, part, numbers in found:
-        numbers = numbers.cpu()
-        value[0, layer, part] = chosen.sign * (numbers[1:] - numbers[0]).numpy()
-        null[0, layer, part] = chosen.sign * float(numbers[0] - base.cpu())
+            found.append((site.layer, part, _changes(chosen.function, logits, clean, target)))
+    for layer, part, changes in found:
+        numbers = chosen.sign * changes.cpu().numpy()
+        value[0, layer, part], null[0, layer, part] = numbers[1:], numbers[0]
     return value, null
 
 
-def _metric(function: Callable[[Tensor, Tensor, Target], Tensor], logits: Tensor, target: Target) -> Tensor:
+def _changes(
+    function: Callable[[Tensor, Tensor, Target], Tensor], logits: Tensor, clean: Tensor, target: Target
+) -> Tensor:
+    """Of the row in which nothing is changed against the clean run, then of each head against that row, ``[1 + heads]``.
+
+    Heads went through the very same kernels as that row, so what a batch rounds otherwise than one sample is in neither.
+    """
     logits = logits.float()
-    return function(logits, logits[0], target)
+    floor = function(logits[:1], clean, target) - function(clean[None], clean, target)
+    numbers = function(logits, logits[0], target)
+    return torch.cat([floor, numbers[1:] - numbers[0]])
 
 
 def _without(
@@ -264,7 +267,8 @@ def kind_agreement(
 
     if len(kinds) < 2 or len(set(kinds)) != len(kinds):
         raise AnalysisError(f"kinds must be at least two different ones of {KINDS}, got {tuple(kinds)}")
-    scores = [Ablation(**{**settings, "kind": kind}).run(model, probe, progress=progress) for kind in kinds]
+    made: list[dict[str, Any]] = [{**settings, "kind": kind} for kind in kinds]
+    scores = [Ablation(**one).run(model, probe, progress=progress) for one in made]
     table = np.full((3, len(kinds), len(kinds)), 1.0)
     enough = scores[0].sizes["sample"] > 1
     for i, a in enumerate(scores):

@@ -45,6 +45,8 @@ class ActivationPatching(PairScore):
     summary: ClassVar[str] = "how much of the answer comes back when the head is patched from the clean run"
     paper: ClassVar[str] = "Heimersheim and Nanda 2024, https://arxiv.org/abs/2404.15255"
     unit: ClassVar[str] = "fraction of the difference between the runs"
+    control: ClassVar[str] = "a row in which nothing is patched"
+    needs: ClassVar[str] = "contrast pairs"
 
     what: What = "z"
     rows: Rows = None
@@ -53,9 +55,6 @@ class ActivationPatching(PairScore):
         super().__post_init__()
         if self.what not in WHAT:
             raise AnalysisError(f"what must be one of {WHAT}, got {self.what!r}")
-
-    def notes(self) -> dict[str, Any]:
-        return {"control": "a row in which nothing is patched"}
 
     def values(self, model: Model, sample: Any, probe: Any) -> tuple[Floats, Floats | None]:
         pair, positions = self.pair(model, sample), rows_of(self.rows, sample)

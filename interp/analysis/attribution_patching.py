@@ -47,6 +47,8 @@ class AttributionPatching(PairScore):
     summary: ClassVar[str] = "activation patching to first order: gradient times the difference of the runs"
     paper: ClassVar[str] = "Nanda 2023, https://www.neelnanda.io/mechanistic-interpretability/attribution-patching"
     unit: ClassVar[str] = "fraction of the difference between the runs"
+    control: ClassVar[str] = "the source's positions in a random order"
+    needs: ClassVar[str] = "contrast pairs"
 
     what: What = "z"
     rows: Rows = None
@@ -61,9 +63,6 @@ class AttributionPatching(PairScore):
             )
         if not isinstance(self.steps, int) or self.steps < 0:
             raise AnalysisError(f"steps must be a whole number of at least 0, got {self.steps!r}")
-
-    def notes(self) -> dict[str, Any]:
-        return {"control": "the source's positions in a random order"}
 
     def values(self, model: Model, sample: Any, probe: Any) -> tuple[Floats, Floats | None]:
         pair, positions = self.pair(model, sample), rows_of(self.rows, sample)

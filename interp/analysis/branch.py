@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.analysis.norms import LinearNorm, is_norm
-from interp.analysis.replay import Before, Change, Replay, repeated, hidden
+from interp.analysis.replay import Before, Change, Replay, hidden, repeated
 from interp.analysis.running import AnalysisError
 from interp.models.anatomy import Site
 from interp.tracing.calls import SiteCall

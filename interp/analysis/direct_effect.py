@@ -27,6 +27,7 @@ class DirectEffect(Ablation):
     name: ClassVar[str] = "direct_effect"
     summary: ClassVar[str] = "what the output loses of the head's own write, all later layers frozen"
     paper: ClassVar[str] = "McGrath et al. 2023, https://arxiv.org/abs/2307.15771"
+    needs: ClassVar[str] = "a residual stream (pre-norm)"
 
     effect: Literal["total", "direct"] = "direct"
 

@@ -45,6 +45,7 @@ class HeadGates(HeadScore):
     summary: ClassVar[str] = "gradient of the loss with respect to a gate on the head"
     paper: ClassVar[str] = "Michel et al. 2019, https://arxiv.org/abs/1905.10650"
     unit: ClassVar[str] = "nats"
+    control: ClassVar[str] = "shuffled tokens"
     stacks: ClassVar[tuple[str, ...]] = ("any",)
     probe: ClassVar[str] = "Passages"
 
@@ -74,9 +75,6 @@ class HeadGates(HeadScore):
         from probes.text import Passages
 
         return Passages(n=8, length=64)
-
-    def notes(self) -> dict[str, Any]:
-        return {"control": "shuffled tokens"}
 
     def values(self, model: Model, sample: Any, probe: Any) -> tuple[Floats, Floats | None]:
         inputs = inputs_of(sample, model)

@@ -52,6 +52,8 @@ class LogitAttribution(HeadScore):
     summary: ClassVar[str] = "what the head writes to the right answer's logit, linearly"
     paper: ClassVar[str] = "Elhage et al. 2021, https://transformer-circuits.pub/2021/framework/index.html"
     unit: ClassVar[str] = "logits"
+    control: ClassVar[str] = "a class drawn at random in the answer's place"
+    needs: ClassVar[str] = "a residual stream (pre-norm), and the stack that writes to the output"
     stacks: ClassVar[tuple[str, ...]] = ("text", "vision")
     probe: ClassVar[str] = "Passages"
 
@@ -68,9 +70,6 @@ class LogitAttribution(HeadScore):
         from probes.text import Passages
 
         return Passages(n=8, length=64)
-
-    def notes(self) -> dict[str, Any]:
-        return {"control": "a class drawn at random in the answer's place"}
 
     def values(self, model: Model, sample: Any, probe: Any) -> tuple[Floats, Floats | None]:
         inputs = inputs_of(sample, model)
@@ -148,7 +147,7 @@ class _Parts:
         heads = self.heads(self.target, centred=centred)
         known = float(np.nansum(heads) + np.nansum(rest)) + number(self.embedding) + number(self.bias)
         total = number(self.total)
-        out = xr.Dataset(
+        return xr.Dataset(
             {
                 "value": (("layer", "head"), heads), "rest": ("layer", rest), "embedding": number(self.embedding),
                 "bias": number(self.bias), "sum": known, "total": total, "remainder": total - known,
@@ -156,7 +155,6 @@ class _Parts:
             coords={"layer": range(self.shape[0]), "head": range(self.shape[1])},
             attrs={"name": "logit attribution", "unit": "logits", "paper": LogitAttribution.paper},
         )  # fmt: skip
-        return out
 
 
 def _parts(model: Model, inputs: Mapping[str, Any], target: Target, stack: str) -> _Parts:

@@ -46,6 +46,8 @@ class PathPatching(PairScore):
     summary: ClassVar[str] = "what the head says directly to chosen heads' queries, keys or values, or to the output"
     paper: ClassVar[str] = "Wang et al. 2022, https://arxiv.org/abs/2211.00593"
     unit: ClassVar[str] = "fraction of the difference between the runs"
+    control: ClassVar[str] = "a row in which no sender is patched"
+    needs: ClassVar[str] = "contrast pairs; a residual stream (pre-norm)"
 
     receivers: Any = None
     what: Literal["q", "k", "v"] = "q"
@@ -54,9 +56,6 @@ class PathPatching(PairScore):
         super().__post_init__()
         if self.what not in ("q", "k", "v"):
             raise AnalysisError(f"what must be 'q', 'k' or 'v', got {self.what!r}")
-
-    def notes(self) -> dict[str, Any]:
-        return {"control": "a row in which no sender is patched"}
 
     def values(self, model: Model, sample: Any, probe: Any) -> tuple[Floats, Floats | None]:
         pair = self.pair(model, sample)

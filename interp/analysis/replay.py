@@ -39,7 +39,7 @@ class ReplayError(AnalysisError):
     """A model whose forward cannot be repeated in part or in a batch."""
 
 
-class _Stopped(Exception):  # noqa: N818 - no error: the rest of the forward is not wanted
+class _Stopped(Exception):
     """Leaves a forward early."""
 
 

@@ -10,7 +10,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from interp.analysis.projections import Projections, projections
+from interp.analysis.layer_matrices import Matrix, down_projections, out_projections
 from interp.analysis.running import AnalysisError, Floats, HeadScore, as_model, build, inputs_of, require_stack, track
 from interp.models.anatomy import anatomy
 from interp.models.model import Model
@@ -32,7 +32,7 @@ class WriteNorm(HeadScore):
 
     Probe: ``Passages(n=8, length=64)``, or any iterable of inputs. The paper: 50 prompts of an instruction set, prompt pass only.
     Control: none of its own; it is itself the baseline that causal scores must beat (see
-    :func:`interp.scores_sets.matched_random_sets`).
+    :func:`interp.scores.matched_random_sets`).
     When not to use it: to compare layers of a model that normalises what attention writes (Gemma 2, OLMo 2): the norm behind it
     undoes the scale. For neurons: :func:`neuron_activity`.
     """
@@ -41,6 +41,7 @@ class WriteNorm(HeadScore):
     summary: ClassVar[str] = "norm of what the head writes to the residual stream, averaged over tokens"
     paper: ClassVar[str] = "Mugnaini et al. 2025, https://arxiv.org/abs/2504.21174"
     unit: ClassVar[str] = "L1 norm"
+    control: ClassVar[str] = "none: it is a baseline"
     stacks: ClassVar[tuple[str, ...]] = ("any",)
     probe: ClassVar[str] = "Passages"
 
@@ -64,12 +65,9 @@ class WriteNorm(HeadScore):
 
         return Passages(n=8, length=64)
 
-    def notes(self) -> dict[str, Any]:
-        return {"control": "none: it is a baseline"}
-
     def values(self, model: Model, sample: Any, probe: Any) -> tuple[Floats, Floats | None]:
         inputs = inputs_of(sample, model)
-        found = projections(model, inputs, self.stack)
+        found = out_projections(model, inputs, self.stack)
         real = _real(inputs, self.stack)
         out = np.full((1, *anatomy(model.module).shape(self.stack)), np.nan)
         for site in anatomy(model.module).stacks[self.stack]:
@@ -79,7 +77,7 @@ class WriteNorm(HeadScore):
         return out, None
 
 
-def head_writes(seen: Projections, n_heads: int, norm: int, real: Tensor | None) -> Tensor:
+def head_writes(seen: Matrix, n_heads: int, norm: int, real: Tensor | None) -> Tensor:
     """Mean norm of each head's write, fp64 ``[H]``."""
     x = torch.cat([part.reshape(-1, part.shape[-1]) for part in seen.given])
     if real is not None and len(real) == len(x):
@@ -129,7 +127,7 @@ def neuron_activity(model: Any, probe: Any = None, *, stack: str = "text", progr
     for sample in track(samples, "neuron activity", progress):
         inputs = inputs_of(sample, model)
         real = _real(inputs, stack)
-        for layer, seen in projections(model, inputs, stack, last=True).items():
+        for layer, seen in down_projections(model, inputs, stack).items():
             a = torch.cat([part.reshape(-1, part.shape[-1]) for part in seen.given]).float().abs()
             a = a[real.to(a.device)] if real is not None and len(real) == len(a) else a
             mean = a.double().mean(0).cpu()
