@@ -1,0 +1,107 @@
+"""Show code: Python that rebuilds what a view shows, from the page's state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from dashboards import specs
+from dashboards.errors import PageError
+from interp.heads import Head, Heads
+
+if TYPE_CHECKING:
+    from dashboards.runs import Run
+    from dashboards.workspace import Workspace
+
+
+def show_code(workspace: Workspace, state: Mapping[str, Any]) -> str:
+    """A script for one view.
+
+    Args:
+        state: of the page: run, view, stack, layer, head, query, metric, sel.
+
+    Raises:
+        PageError: no run yet.
+    """
+    if not state.get("run"):
+        raise PageError("trace a prompt first: code rebuilds what a view shows")
+    run = workspace.run(str(state["run"]))
+    view = str(state.get("view") or "overview")
+    lines = [*_open(workspace, run), "", *_view(run, view, state)]
+    return "\n".join(lines) + "\n"
+
+
+def _open(workspace: Workspace, run: Run) -> list[str]:
+    if "trace" in run.spec:
+        return ["import interp", "", f"trace = interp.Trace.open({run.spec['trace']!r})"]
+    spec = run.spec
+    image = f", image={str(workspace.state / 'images' / (spec['image'] + '.png'))!r}" if spec.get("image") else ""
+    chat = ", chat=True" if spec.get("chat") else ""
+    text = repr(spec["prompt"]) if spec.get("prompt") or not image else "None"
+    lines = [
+        "import torch", "", "import interp", "", f"model = interp.load({spec['model']!r})",
+        f"inputs = model.encode({text}{image}{chat})",
+    ]  # fmt: skip
+    made = [specs.code(s) for s in spec.get("interventions") or []]
+    change = f", interventions=[{', '.join(made)}]" if made else ""
+    full = any("attention" in run.trace[s].variables for s in run.trace)
+    wish = f"row_stats=True, received=True, pooled=32{', attention=True' if full else ''}"
+    call = (
+        f"model.generate(inputs, max_new_tokens={spec['max_new_tokens']}, do_sample=False)"
+        if spec.get("max_new_tokens") and run.ids is not None
+        else "model(inputs)"
+    )
+    lines += [f"with interp.hooked(model, capture=interp.Capture({wish}){change}) as run, torch.no_grad():", f"    output = {call}"]
+    return [*lines, "trace = run.trace"]
+
+
+def _view(run: Run, view: str, state: Mapping[str, Any]) -> list[str]:
+    stack = str(state.get("stack") or next(iter(run.trace)))
+    data = f"data = trace[{stack!r}].isel(sample=0)"
+    if view in ("overview", "map", "importance"):
+        return [data, *_metric(str(state.get("metric") or ""), stack)]
+    if view in ("head", "image"):
+        head = Head(int(state.get("layer") or 0), int(state.get("head") or 0), stack)
+        if "attention" in run.stack(stack).variables:
+            lines = [data, f"attention = data['attention'].sel(layer={head.layer}, head={head.head})  # [query, key]"]
+        elif "trace" in run.spec:
+            lines = [data, f"attention = data['pooled'].sel(layer={head.layer}, head={head.head})  # sums of blocks"]
+        else:
+            lines = [
+                f"capture = interp.Capture(attention=True, heads='{head}')",
+                "with interp.hooked(model, capture=capture) as again, torch.no_grad():", "    model(inputs)",
+                f"attention = again.trace[{stack!r}].isel(sample=0)['attention'].sel(layer={head.layer}, head={head.head})",
+            ]  # fmt: skip
+        if view == "image" and state.get("query") not in (None, ""):
+            lines += [
+                f"row = attention.isel(query={int(state['query'])})",
+                "patches = row.where(data['row_in_image'] >= 0, drop=True)  # with row_in_image, column_in_image",
+            ]
+        return lines
+    if view == "sinks":
+        return [data, "received = (data['received'].sum('query_group') / data['received_rows'].sum('query_group'))  # [layer, head, key]",
+                f"sinks = (received > {float(state.get('thr') or 0.3)}).mean(['layer', 'head'])"]  # fmt: skip
+    if view == "workbench":
+        chosen = str(state.get("sel") or "")
+        heads = str(Heads.parse(chosen)) if chosen else "L0H0"
+        return [
+            f"with interp.hooked(model, interventions=[interp.MaskHeads({heads!r})]), torch.no_grad():",
+            "    changed = model.generate(inputs, max_new_tokens=40, do_sample=False)",
+            "print(model.decode(changed[0]))",
+        ]
+    return [data]
+
+
+def _metric(metric: str, stack: str) -> list[str]:
+    kind, _, key = metric.partition(":")
+    if kind == "s":
+        return [f"score = interp.score({key!r}, model)", "print(score.heads.table().head(20))", "score.heads.grid()"]
+    over = "[d for d in values.dims if d not in ('layer', 'head')]"
+    if key.startswith("mass_"):
+        return [f"values = data['mass'].sel(group={key.removeprefix('mass_')!r})", f"values = values.mean({over}, skipna=True)"]
+    if key == "first_key":
+        return ["values = (data['received'].sum('query_group') / data['received_rows'].sum('query_group')).isel(key=0)"]
+    if key == "reach":
+        return ["values = abs(data['query'] - data['top_key']).where(data['top_key'] >= 0)", f"values = values.mean({over})"]
+    name = key if key in ("entropy", "top_weight", "sink_share") else "entropy"
+    return [f"values = data[{name!r}]", f"values = values.mean({over}, skipna=True)"]
