@@ -74,7 +74,7 @@ class DuoAttention(HeadScore):
 
         return NeedleInHaystack(lengths=(1024, 2048), n=5)
 
-    def run(self, model: Any, probe: Any = None, *, progress: bool = True, **_: Any) -> xr.Dataset:
+    def run(self, model: Any, probe: Any = None, *, progress: Any = True, **_: Any) -> xr.Dataset:
         """Train the gates.
 
         Raises:
@@ -114,7 +114,7 @@ class DuoAttention(HeadScore):
         score["loss"] = ("step", np.array(losses))
         return score
 
-    def train(self, model: Model, samples: list[_Forced], progress: bool) -> tuple[dict[int, Tensor], list[float]]:
+    def train(self, model: Model, samples: list[_Forced], progress: Any) -> tuple[dict[int, Tensor], list[float]]:
         """Gates ``[KV head]`` by layer, and the loss of every step."""
         sites = anatomy(model.module).stacks["text"]
         gates = {s.layer: torch.ones(s.n_kv_heads, device=model.device, requires_grad=True) for s in sites}
@@ -165,18 +165,19 @@ class _Forced:
 
     @classmethod
     def of(cls, sample: Any, model: Model) -> _Forced:
-        answer = tuple(getattr(sample, "answer_ids", ()))
-        if not answer or not hasattr(sample, "ids"):
+        answer: tuple[int, ...] = tuple(getattr(sample, "answer_ids", ()))
+        given: tuple[int, ...] = tuple(getattr(sample, "ids", ()))
+        if not answer or not given:
             raise AnalysisError(f"duo_attention needs samples with ids and answer_ids, got {type(sample).__name__}")
         from interp.analysis.query_mass import question_rows
 
-        prompt = len(sample.ids)
+        prompt = len(given)
         needle = getattr(sample, "needle_span", None)
         try:
             first = question_rows(sample, model).start if needle is not None else prompt
         except AnalysisError:
             first = prompt
-        ids = (*sample.ids, *answer)
+        ids = (*given, *answer)
         return cls(ids, tuple(range(min(first, prompt - 1), len(ids))), needle)
 
     def without_needle(self) -> _Forced | None:
