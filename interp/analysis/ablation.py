@@ -189,7 +189,7 @@ def ablated(
     chosen, stack = measure(metric), replay.stack
     n_layers, n_heads = replay.shape.shape(stack)
     value, null = (np.full((1, n_layers, n_heads), np.nan) for _ in range(2))
-    clean = replay.logits()[0].float()
+    clean = replay.logits()[0]
     target = target.resolved(clean)
     limit = rows or max(1, BATCH_BYTES // (4 * clean.numel()) - 1)
     wanted = None if heads is None else heads.by_layer(stack)
@@ -218,7 +218,6 @@ def _changes(
 
     Heads went through the very same kernels as that row, so what a batch rounds otherwise than one sample is in neither.
     """
-    logits = logits.float()
     floor = function(logits[:1], clean, target) - function(clean[None], clean, target)
     numbers = function(logits, logits[0], target)
     return torch.cat([floor, numbers[1:] - numbers[0]])

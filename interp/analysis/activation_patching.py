@@ -61,9 +61,9 @@ class ActivationPatching(PairScore):
         source = activations(model, pair.source, self.stack, self.what)
         function = self.measured.function
         with Replay(model, pair.source, self.stack, positions=pair.target.positions) as replay:
-            other = replay.logits().float()
+            other = replay.logits()
         with Replay(model, pair.base, self.stack, positions=pair.target.positions) as replay:
-            base = replay.logits().float()
+            base = replay.logits()
             target = pair.target.resolved(base[0])
             own = function(base, base[0], target)
             whole = float(function(other, other[0], target) - own)
@@ -79,7 +79,7 @@ class ActivationPatching(PairScore):
                     site.layer, rows, before=None if before is None else {site.layer: before},
                     after=None if after is None else {site.layer: after},
                 )  # fmt: skip
-                logits = replay.logits(output).float()
+                logits = replay.logits(output)
                 found = function(logits, base[0], target)
                 change = self.scaled((found[1:] - found[0]).repeat_interleave(group), whole)
                 out[0, site.layer, : site.n_heads] = change

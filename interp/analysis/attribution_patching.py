@@ -95,7 +95,7 @@ class AttributionPatching(PairScore):
             shuffled = other.index_select(axis, order.to(other.device))
             n_heads = anatomy(model.module).site(self.stack, layer).n_heads
             for target, values in ((out, other), (null, shuffled)):
-                change = self._summed((values.float() - base.float()) * gradient.float(), positions)
+                change = self._summed((values.double() - base.double()) * gradient.double(), positions)
                 change = change.repeat_interleave(n_heads // len(change) if self.what in KEYED else 1)
                 target[0, layer, :n_heads] = self.scaled(change, whole)
         return out, null

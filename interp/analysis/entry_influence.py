@@ -147,7 +147,7 @@ def influences(
     leaves = _Kept(stack)
     with hooked(model.module, interventions=[leaves]), torch.enable_grad():
         output = model.module(**given, **forward_options(model, given, target.positions))
-        logits = logits_of(model, output, target.positions).float()
+        logits = logits_of(model, output, target.positions)
         clean = logits[0].detach()
         value = measure(metric).function(logits, clean, target.resolved(clean)).sum()
         if not value.requires_grad:

@@ -133,7 +133,7 @@ def _of_sample(
         donor = outputs_of(model, inputs_of(donor_of(samples, index, seed), model), stack)
     given = {k: v for k, v in inputs.items() if k != "labels"}
     with Replay(model, given, stack, positions=target.positions) as replay:
-        clean = replay.logits()[0].float()
+        clean = replay.logits()[0]
         target = target.resolved(clean)
         first = replay.sites[0].layer
         values = donor
@@ -144,7 +144,7 @@ def _of_sample(
         for start in range(0, len(sets), limit):
             part = sets[start : start + limit]
             changes = {s.layer: _keeping(part, s, stack, values) for s in replay.sites}
-            logits = replay.logits(replay.run(first, len(part), after=changes)).float()
+            logits = replay.logits(replay.run(first, len(part), after=changes))
             found.append(measure(metric).function(logits, clean, target).cpu())
     return torch.cat(found).numpy()
 

@@ -88,7 +88,7 @@ def gradients(
     given = {k: v for k, v in inputs.items() if k != "labels"}
     with hooked(model.module, interventions=[leaves]), torch.enable_grad():
         output = model.module(**given, **forward_options(model, given, target.positions))
-        logits = logits_of(model, output, target.positions).float()
+        logits = logits_of(model, output, target.positions)
         clean = logits[0].detach()
         value = function(logits, clean, target.resolved(clean)).sum()
         if not leaves.leaves:

@@ -160,7 +160,7 @@ class _Parts:
 def _parts(model: Model, inputs: Mapping[str, Any], target: Target, stack: str) -> _Parts:
     given = {k: v for k, v in inputs.items() if k != "labels"}
     with _without_softcap(model), Replay(model, given, stack, positions=target.positions) as replay:
-        clean = replay.logits()[0].float()
+        clean = replay.logits()[0]
         target = target.resolved(clean)
         tail = _Tail(replay)
         zero = tail.logits(torch.zeros_like(hidden(tail.last.result)))[0]
@@ -236,7 +236,7 @@ class _Tail:
         """Logits ``[rows, position, class]`` for a residual stream ``[rows, position, width]``."""
         undo = [put(module, normalising(norms, len(stream))) for module, norms in self.norms]
         try:
-            return self.replay.logits(self._run(stream)).float()
+            return self.replay.logits(self._run(stream))
         finally:
             for module, previous in undo:
                 del module.forward

@@ -150,7 +150,7 @@ def _of_head(
         return out
 
     chosen = measure(metric)
-    logits = replay.logits(replay.run(head.layer, 2 * len(parts) + 1, after={head.layer: change})).float()
+    logits = replay.logits(replay.run(head.layer, 2 * len(parts) + 1, after={head.layer: change}))
     numbers = chosen.function(logits, logits[0], target.resolved(logits[0]))
     damage = (chosen.sign * (numbers[1:] - numbers[0])).cpu().numpy().reshape(2, len(parts)).T
     return damage, mass[0].double().numpy()

@@ -62,9 +62,9 @@ class PathPatching(PairScore):
         source = activations(model, pair.source, self.stack, "z")
         function = self.measured.function
         with Replay(model, pair.source, self.stack, positions=pair.target.positions) as replay:
-            other = replay.logits().float()
+            other = replay.logits()
         with Replay(model, pair.base, self.stack, positions=pair.target.positions) as replay:
-            base = replay.logits().float()
+            base = replay.logits()
             target = pair.target.resolved(base[0])
             own = function(base, base[0], target)
             whole = float(function(other, other[0], target) - own)
@@ -87,7 +87,7 @@ class PathPatching(PairScore):
                     heard = self._heard(branch, rows, {site.layer: change}, behind, replay)
                     edits = {layer: self._put(heads, heard[layer]) for layer, heads in behind.items()}
                     output = replay.run(min(behind), rows, before=edits)
-                found = function(replay.logits(output).float(), base[0], target)
+                found = function(replay.logits(output), base[0], target)
                 out[0, site.layer, : site.n_heads] = self.scaled(found[1:] - found[0], whole)
                 null[0, site.layer, : site.n_heads] = self.scaled(found[:1] - own, whole)
         return out, null

@@ -27,7 +27,7 @@ def forward_options(model: Model, inputs: Mapping[str, Any], positions: Sequence
 
 
 def logits_of(model: Model, output: Any, positions: Sequence[int] | None) -> Tensor:
-    """Logits ``[batch, position, class]`` of what a forward with :func:`forward_options` gave; a classifier has one position.
+    """Logits ``[batch, position, class]``, fp32 at least, of what a forward with :func:`forward_options` gave; a classifier has one position.
 
     Raises:
         AnalysisError: the model gives none.
@@ -36,6 +36,7 @@ def logits_of(model: Model, output: Any, positions: Sequence[int] | None) -> Ten
     if not isinstance(logits, Tensor) or logits.ndim not in (2, 3):
         raise AnalysisError(f"model must give logits [batch, position, class], {type(model.module).__name__} does not")
     if logits.ndim == 2:
-        return logits[:, None]
-    kept = "logits_to_keep" in inspect.signature(model.module.forward).parameters
-    return logits if positions is None or kept else logits[:, list(positions)]
+        logits = logits[:, None]
+    elif positions is not None and "logits_to_keep" not in inspect.signature(model.module.forward).parameters:
+        logits = logits[:, list(positions)]
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -185,7 +185,7 @@ class Replay:
             self._changes.outputs, self._changes.edits = {}, {}
 
     def logits(self, output: Any = None) -> Tensor:
-        """Logits ``[rows, position, class]`` of an output (None: of the clean one) at the read-out positions.
+        """Logits ``[rows, position, class]``, fp32 at least, of an output (None: of the clean one) at the read-out positions.
 
         A classifier of whole inputs has one position.
 

@@ -91,7 +91,7 @@ class VitImportance(HeadScore):
         cls = cls_token(model, given, self.stack) if self.metric.startswith("cls") else 0
         with Replay(model, given, self.stack, positions=None if target is None else target.positions) as replay:
             out, null = (np.full((1, *replay.shape.shape(self.stack)), np.nan) for _ in range(2))
-            clean = None if local else replay.logits()[0].float()
+            clean = None if local else replay.logits()[0]
             target = None if target is None or clean is None else target.resolved(clean)
             for site in replay.sites:
                 rows = site.n_heads + 1
@@ -111,7 +111,7 @@ class VitImportance(HeadScore):
                     )
                 else:
                     metric = MEASURES[self.metric]
-                    logits = replay.logits(found).float()
+                    logits = replay.logits(found)
                     numbers = metric.function(logits, logits[0], target)
                     changes = metric.sign * (numbers[1:] - numbers[0])
                     floor = metric.sign * (

@@ -199,7 +199,9 @@ def test_rows_do_not_matter() -> None:
 
 def test_only_named_heads_are_swept() -> None:
     specimen = build("llama")
-    all_, some = (score("ablation", specimen.module, [specimen.inputs], kind="zero", heads=h) for h in (None, "L1H*,L2H3"))
+    all_, some = (
+        score("ablation", specimen.module, [specimen.inputs], kind="zero", heads=h) for h in (None, "L1H*,L2H3")
+    )
     there = ~np.isnan(some["value"].values)
     assert there.sum() == 5 and there[1].all() and there[2, 3]
     np.testing.assert_allclose(some["value"].values[there], all_["value"].values[there], atol=FLOOR)
@@ -226,7 +228,9 @@ def test_a_pair_is_resampled_from_its_corrupt_half_and_measured_by_any_function(
     np.testing.assert_allclose(named["value"], called["value"], atol=FLOOR)
     site = interp.anatomy(module).stacks["text"][1]
     new = outputs_of(Model(module), one.corrupt.inputs(), "text")[1]
-    before, after = (x[0, -1].softmax(-1)[5] for x in (plain(module, one.inputs()), looped(module, one.inputs(), site, 2, new)))
+    before, after = (
+        x[0, -1].softmax(-1)[5] for x in (plain(module, one.inputs()), looped(module, one.inputs(), site, 2, new))
+    )
     assert float(named["value"].sel(layer=1, head=2)) == pytest.approx(float(before - after), abs=FLOOR)
 
 
@@ -320,7 +324,9 @@ def test_post_norm_models_have_no_direct_effects() -> None:
 
 def test_kinds_agree_with_themselves_and_more_or_less_with_each_other() -> None:
     module = build("llama").module
-    samples = [{"input_ids": torch.randint(3, 90, (1, 10), generator=torch.Generator().manual_seed(n))} for n in range(4)]
+    samples = [
+        {"input_ids": torch.randint(3, 90, (1, 10), generator=torch.Generator().manual_seed(n))} for n in range(4)
+    ]
     table = kind_agreement(module, samples, kinds=("zero", "mean"), progress=False)
     assert (np.diag(table["rho"]) == 1).all() and -1 <= float(table["rho"][0, 1]) <= 1
     assert float(table["rho"][0, 1]) == float(table["rho"][1, 0])
