@@ -20,10 +20,29 @@ from interp.models.model import Model
 
 HOST = "127.0.0.1"
 CONTROLS = {
-    "model": "value", "run": "value", "view": "value", "stack": "value", "metric": "value", "thumbs": "checked", "sort": "value",
-    "top": "value", "zoom": "value", "norm": "checked", "hide": "checked", "gamma": "value", "dir": "value", "mean": "checked", "sx": "value",
-    "sy": "value", "thr": "value", "rows": "value", "pinrun": "value", "prompt": "value", "new": "value", "chat": "checked",
-}  # fmt: skip
+    "model": "value",
+    "run": "value",
+    "view": "value",
+    "stack": "value",
+    "metric": "value",
+    "thumbs": "checked",
+    "sort": "value",
+    "top": "value",
+    "zoom": "value",
+    "norm": "checked",
+    "hide": "checked",
+    "gamma": "value",
+    "dir": "value",
+    "mean": "checked",
+    "sx": "value",
+    "sy": "value",
+    "thr": "value",
+    "rows": "value",
+    "pinrun": "value",
+    "prompt": "value",
+    "new": "value",
+    "chat": "checked",
+}
 """Controls whose value is part of the page's state, and the property that holds it."""
 
 
@@ -35,7 +54,7 @@ def make_app(
     roots: Sequence[str | Path] = (),
     state: str | Path | None = None,
     prompt: str = PROMPT,
-    hosts: Sequence[str] = LOOPBACK,
+    hosts: Sequence[str] | None = LOOPBACK,
     token: str | None = None,
 ) -> Dash:
     """The Dash app; its workspace is ``app.workspace``.
@@ -47,43 +66,64 @@ def make_app(
         roots: folders below which models and saved traces may be taken.
         state: folder of pictures, runs, jobs and saved results.
         prompt: what the prompt box holds at first.
-        hosts: names the page may be reached by.
+        hosts: names the page may be reached by; None is any, which needs a token.
         token: to be given once in the address; None on this machine.
     """
+    if hosts is None and token is None:
+        raise ValueError("hosts must be given where there is no token, got None")
     models = {model.name: model} if isinstance(model, Model) else dict(model or {})
     space = Workspace(models, sources, roots, load_options, state)
     app = Dash(
-        __name__, title="Headscope", update_title="", serve_locally=True, enable_mcp=False, assets_folder=str(Path(__file__).parent / "assets"),
+        __name__,
+        title="Headscope",
+        update_title="",
+        serve_locally=True,
+        enable_mcp=False,
+        assets_folder=str(Path(__file__).parent / "assets"),
         suppress_callback_exceptions=False,
-    )  # fmt: skip
+    )
     app.layout = layout(space.offered(), prompt)
     _callbacks(app, space)
     app.server.register_blueprint(blueprint(space))
     Guard(hosts, token).install(app.server, content_policy(app.csp_hashes()))
-    app.workspace = space  # type: ignore[attr-defined]
+    app.workspace, app.token = space, token  # type: ignore[attr-defined]
     return app
 
 
 def _callbacks(app: Dash, space: Workspace) -> None:
     for key, prop in CONTROLS.items():
-        app.clientside_callback(f"function(v) {{ if (window.hs) window.hs.control('{key}', v); }}", Input(f"c-{key}", prop))
+        app.clientside_callback(
+            f"function(v) {{ if (window.hs) window.hs.control('{key}', v); }}", Input(f"c-{key}", prop)
+        )
     app.clientside_callback(
-        "function(rows) { if (window.hs && rows) window.hs.tablePicked(rows); }", Input("table", "selectedRows"), prevent_initial_call=True
+        "function(rows) { if (window.hs && rows) window.hs.tablePicked(rows); }",
+        Input("table", "selectedRows"),
+        prevent_initial_call=True,
     )
     app.clientside_callback(
-        "function(cell) { if (window.hs && cell) window.hs.tableOpened(cell); }", Input("table", "cellClicked"), prevent_initial_call=True
+        "function(cell) { if (window.hs && cell) window.hs.tableOpened(cell); }",
+        Input("table", "cellClicked"),
+        prevent_initial_call=True,
     )
     app.clientside_callback(
         "function() { setTimeout(function () { window.hs.hostInputs(); window.hs.boot(); }, 0); return window.dash_clientside.no_update; }",
-        Output("booted", "data"), Input("page", "id"),
-    )  # fmt: skip
+        Output("booted", "data"),
+        Input("page", "id"),
+    )
     for button, sheet in (("help", "help-modal"), ("jobs-count", "jobs-drawer")):
         app.clientside_callback(
-            "function(n) { return Boolean(n); }", Output(sheet, "opened"), Input(button, "n_clicks"), prevent_initial_call=True
+            "function(n) { return Boolean(n); }",
+            Output(sheet, "opened"),
+            Input(button, "n_clicks"),
+            prevent_initial_call=True,
         )
     app.callback(
-        Output("code", "code"), Output("code-modal", "opened"), Input("show-code", "n_clicks"), State("state", "data"), prevent_initial_call=True
-    )(lambda clicks, state: code_sheet(space, clicks, state))  # fmt: skip
+        Output("code", "code"),
+        Output("code-modal", "opened"),
+        Input("show-code", "n_clicks"),
+        State("state", "data"),
+        prevent_initial_call=True,
+    )(lambda clicks, state: code_sheet(space, clicks, state))
 
 
 def code_sheet(space: Workspace, clicks: int | None, state: Mapping[str, Any] | None) -> tuple[Any, Any]:
@@ -112,7 +152,7 @@ def serve(app: Dash, *, port: int, browser: bool, host: str = HOST) -> None:
     """
     from werkzeug.serving import make_server
 
-    token = getattr(app, "token", None)
+    token: str | None = app.token  # type: ignore[attr-defined]
     if host not in LOOPBACK and token is None:
         raise ValueError(f"--host other than {HOST} needs a token, got {host!r}")
     try:

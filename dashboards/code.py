@@ -51,7 +51,10 @@ def _open(workspace: Workspace, run: Run) -> list[str]:
         if spec.get("max_new_tokens") and run.ids is not None
         else "model(inputs)"
     )
-    lines += [f"with interp.hooked(model, capture=interp.Capture({wish}){change}) as run, torch.no_grad():", f"    output = {call}"]
+    lines += [
+        f"with interp.hooked(model, capture=interp.Capture({wish}){change}) as run, torch.no_grad():",
+        f"    output = {call}",
+    ]
     return [*lines, "trace = run.trace"]
 
 
@@ -98,10 +101,16 @@ def _metric(metric: str, stack: str) -> list[str]:
         return [f"score = interp.score({key!r}, model)", "print(score.heads.table().head(20))", "score.heads.grid()"]
     over = "[d for d in values.dims if d not in ('layer', 'head')]"
     if key.startswith("mass_"):
-        return [f"values = data['mass'].sel(group={key.removeprefix('mass_')!r})", f"values = values.mean({over}, skipna=True)"]
+        return [
+            f"values = data['mass'].sel(group={key.removeprefix('mass_')!r})",
+            f"values = values.mean({over}, skipna=True)",
+        ]
     if key == "first_key":
         return ["values = (data['received'].sum('query_group') / data['received_rows'].sum('query_group')).isel(key=0)"]
     if key == "reach":
-        return ["values = abs(data['query'] - data['top_key']).where(data['top_key'] >= 0)", f"values = values.mean({over})"]
+        return [
+            "values = abs(data['query'] - data['top_key']).where(data['top_key'] >= 0)",
+            f"values = values.mean({over})",
+        ]
     name = key if key in ("entropy", "top_weight", "sink_share") else "entropy"
     return [f"values = data[{name!r}]", f"values = values.mean({over}, skipna=True)"]

@@ -42,7 +42,9 @@ def parts_of(kinds: Sequence[int], vision: bool, grid: bool) -> list[dict[str, A
         found += [{"name": f"only {KINDS[k]} keys", "keep": k} for k in present]
         if vision:
             found += [
-                {"name": f"{KINDS[r]} rows without {KINDS[k]} keys", "keys": k, "rows": r} for r in present for k in present
+                {"name": f"{KINDS[r]} rows without {KINDS[k]} keys", "keys": k, "rows": r}
+                for r in present
+                for k in present
             ]
     if grid:
         found += [{"name": f"only patches within {r} step{'s' if r > 1 else ''}", "radius": r} for r in RADII]
@@ -89,7 +91,9 @@ def jensen_shannon(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np
     return (left + right) / 2
 
 
-def _output(model: Any, inputs: Mapping[str, Any], answer: Sequence[int], interventions: list[Any]) -> NDArray[np.float64]:
+def _output(
+    model: Any, inputs: Mapping[str, Any], answer: Sequence[int], interventions: list[Any]
+) -> NDArray[np.float64]:
     """Log-probabilities ``[row, class]`` of the rows that decide the answer."""
     import torch
 
@@ -141,7 +145,9 @@ def _groups(part: Mapping[str, Any], kinds: Sequence[int]) -> Callable[[Any], An
 
     def before(call: Any) -> Any:
         count = call.k.shape[2]
-        codes = torch.tensor([*kinds[:count], *[KINDS.index("generated")] * max(0, count - len(kinds))], device=call.q.device)
+        codes = torch.tensor(
+            [*kinds[:count], *[KINDS.index("generated")] * max(0, count - len(kinds))], device=call.q.device
+        )
         mine = (codes == chosen) if "keys" in part else (codes != chosen)
         where = None
         if "rows" in part:

@@ -22,7 +22,11 @@ def features(run: Run, stack: str) -> tuple[NDArray[np.int64], Floats]:
     Square roots of the pooled map (blocks count as probabilities), weighted as a whole like the numbers of the prompt.
     """
     layers, heads = run.shape(stack)
-    numbers = np.stack([v.reshape(-1) for _, v in run.metric_values(stack)], -1) if run.metric_values(stack) else np.zeros((layers * heads, 0), np.float32)
+    numbers = (
+        np.stack([v.reshape(-1) for _, v in run.metric_values(stack)], -1)
+        if run.metric_values(stack)
+        else np.zeros((layers * heads, 0), np.float32)
+    )
     pooled = run.pooled(stack)
     there = np.isfinite(numbers).any(-1) if numbers.shape[1] else np.ones(layers * heads, bool)
     blocks = np.zeros((layers * heads, 0), np.float32)
@@ -30,7 +34,9 @@ def features(run: Run, stack: str) -> tuple[NDArray[np.int64], Floats]:
         blocks = np.sqrt(np.clip(np.nan_to_num(pooled.reshape(layers * heads, -1)), 0, None))
         there &= np.isfinite(pooled.reshape(layers * heads, -1)).any(-1)
     index = np.flatnonzero(there)
-    parts = [_standard(part[index]) / np.sqrt(part.shape[1]) for part in (np.nan_to_num(numbers), blocks) if part.shape[1]]
+    parts = [
+        _standard(part[index]) / np.sqrt(part.shape[1]) for part in (np.nan_to_num(numbers), blocks) if part.shape[1]
+    ]
     if not parts or len(index) < 3:
         raise PageError("a map of heads needs at least three heads with numbers", 409)
     return index, np.concatenate(parts, 1).astype(np.float32)
@@ -53,9 +59,15 @@ def embed(run: Run, stack: str, method: str = "pca", seed: int = SEED) -> dict[s
         import umap
 
         neighbours = min(15, len(table) - 1)
-        places = umap.UMAP(n_neighbors=neighbours, min_dist=0.1, random_state=seed).fit_transform(table)
+        places: Any = umap.UMAP(n_neighbors=neighbours, min_dist=0.1, random_state=seed).fit_transform(table)
         note = f"UMAP, {neighbours} neighbours, min_dist 0.1, seed {seed}"
-    return {"method": method, "index": index.tolist(), "x": _short(places[:, 0]), "y": _short(places[:, 1]), "note": note}
+    return {
+        "method": method,
+        "index": index.tolist(),
+        "x": _short(places[:, 0]),
+        "y": _short(places[:, 1]),
+        "note": note,
+    }
 
 
 def pca(table: Floats) -> tuple[Floats, str]:
@@ -70,7 +82,9 @@ def pca(table: Floats) -> tuple[Floats, str]:
         vectors = whole[:, ::-1][:, :2]
     vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), range(vectors.shape[1])])
     share = values[::-1][:2] / max(float(values.sum()), 1e-12)
-    return (centred @ vectors).astype(np.float32), f"PCA of pooled maps and this prompt's numbers, {share[0]:.0%} and {share[1]:.0%} of the variance"
+    return (centred @ vectors).astype(
+        np.float32
+    ), f"PCA of pooled maps and this prompt's numbers, {share[0]:.0%} and {share[1]:.0%} of the variance"
 
 
 def _standard(part: Floats) -> Floats:
@@ -101,9 +115,10 @@ def archetypes(run: Run, stack: str, count: int = 8, seed: int = SEED) -> dict[s
     found = [index[labels == label] for label in range(labels.max() + 1)]
     found = sorted((members for members in found if len(members)), key=len, reverse=True)
     return {
-        "size": [rows, columns], "note": f"k-means of pooled maps, {len(found)} clusters, seed {seed}; each picture is the mean map of its heads.",
+        "size": [rows, columns],
+        "note": f"k-means of pooled maps, {len(found)} clusters, seed {seed}; each picture is the mean map of its heads.",
         "archetypes": [{"heads": members.tolist(), "map": pack(np.nanmean(flat[members], 0))} for members in found],
-    }  # fmt: skip
+    }
 
 
 def kmeans(points: Floats, count: int, seed: int, rounds: int = 40) -> NDArray[np.int64]:

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 ASSETS = Path(__file__).parent / "assets"
 MOST_HEADS = 64
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+START = (
+    'headscopeStandalone(document.getElementById("headscope"), '
+    'JSON.parse(document.getElementById("headscope-data").textContent));'
+)
 EXACT = 512
 """Up to this many rows and keys a map travels with its values (fp16); larger ones as a picture of pooled cells."""
 
@@ -44,27 +49,33 @@ def page_data(space: Workspace | None, run: Run, heads: Heads) -> dict[str, Any]
 def default_heads(run: Run, count: int = 12) -> Heads:
     """The heads with the largest weights in the first stack: what is worth a look where nothing was chosen."""
     stack = "text" if "text" in run.trace else next(iter(run.trace))
-    entries = [v for m, v in run.metric_values(stack) if m.key == "top_weight"] or [v for _, v in run.metric_values(stack)]
+    entries = [v for m, v in run.metric_values(stack) if m.key == "top_weight"] or [
+        v for _, v in run.metric_values(stack)
+    ]
     if not entries:
         return Heads([Head(0, 0, stack)])
     flat = np.where(np.isfinite(entries[0]), entries[0], -np.inf).ravel()
     order = np.argsort(-flat, kind="stable")[:count]
-    return Heads(Head(int(i) // entries[0].shape[1], int(i) % entries[0].shape[1], stack) for i in order if np.isfinite(flat[i]))
+    return Heads(
+        Head(int(i) // entries[0].shape[1], int(i) % entries[0].shape[1], stack) for i in order if np.isfinite(flat[i])
+    )
 
 
 def html_page(space: Workspace | None, run: Run, heads: Heads) -> str:
     """The page as text: data, style and the renderer inside, nothing from elsewhere."""
     data = json.dumps(page_data(space, run, heads)).replace("<", "\\u003c")
-    scripts = "".join(f"<script>{_script(name)}</script>" for name in ("a_palettes.js", "b_renderer.js", "z_standalone.js"))
+    scripts = "".join(
+        f"<script>{_script(name)}</script>" for name in ("a_palettes.js", "b_renderer.js", "z_standalone.js")
+    )
     style = (ASSETS / "style.css").read_text(encoding="utf-8")
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:\">"
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f'<title>Headscope: {html.escape(run.title)}</title><style>{style}</style></head><body><div id="headscope"></div>'
         f'{scripts}<script type="application/json" id="headscope-data">{data}</script>'
-        '<script>headscopeStandalone(document.getElementById("headscope"), JSON.parse(document.getElementById("headscope-data").textContent));</script>'
+        f"<script>{START}</script>"
         "</body></html>\n"
-    )  # fmt: skip
+    )
 
 
 def _script(name: str) -> str:
@@ -86,9 +97,22 @@ def _map(space: Workspace | None, run: Run, head: Head) -> dict[str, Any]:
     else:
         full = run.full_map(head.stack, head.layer, head.head)
         pooled = run.pooled(head.stack)
-        pyramid = Pyramid(full if full is not None else pooled[head.layer, head.head] if pooled is not None else np.zeros((1, 1), np.float32))
+        pyramid = Pyramid(
+            full
+            if full is not None
+            else pooled[head.layer, head.head]
+            if pooled is not None
+            else np.zeros((1, 1), np.float32)
+        )
     rows, columns = pyramid.shape
-    found: dict[str, Any] = {"stack": head.stack, "layer": head.layer, "head": head.head, "rows": rows, "columns": columns, "top": pyramid.top}
+    found: dict[str, Any] = {
+        "stack": head.stack,
+        "layer": head.layer,
+        "head": head.head,
+        "rows": rows,
+        "columns": columns,
+        "top": pyramid.top,
+    }
     if max(rows, columns) <= EXACT:
         found["values"] = base64.b64encode(pyramid.levels[0].astype("<f2").tobytes()).decode()
     else:

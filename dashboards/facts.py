@@ -90,7 +90,12 @@ def direct_logits(workspace: Workspace, run: Run, head: Head, row: int | None = 
     handle = final.register_forward_hook(lambda _m, args, out: seen.append((args[0].detach(), out.detach())))
     try:
         capture = Capture(z=True, heads=[head], queries=[row])
-        with hooked(model, capture=capture, interventions=build_all(run.spec.get("interventions") or [], model)) as session, torch.no_grad():
+        with (
+            hooked(
+                model, capture=capture, interventions=build_all(run.spec.get("interventions") or [], model)
+            ) as session,
+            torch.no_grad(),
+        ):
             session.prompt_length = run.prompt_length
             model(inputs)
     finally:

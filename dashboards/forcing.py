@@ -13,7 +13,7 @@ def forced_inputs(inputs: Mapping[str, Any], answer: Sequence[int]) -> dict[str,
     """Inputs ``[1, prompt]`` with the ids of an answer behind: whatever has one number a position goes on."""
     import torch
 
-    old = inputs["input_ids"] if "input_ids" in inputs else None
+    old = inputs.get("input_ids")
     if old is None or not len(answer):
         return dict(inputs)
     more = torch.tensor([list(answer)], dtype=old.dtype, device=old.device)
@@ -29,7 +29,9 @@ def forced_inputs(inputs: Mapping[str, Any], answer: Sequence[int]) -> dict[str,
     return out
 
 
-def answer_log_probs(model: Any, inputs: Mapping[str, Any], answer: Sequence[int], interventions: Sequence[Any] = ()) -> NDArray[np.float64]:
+def answer_log_probs(
+    model: Any, inputs: Mapping[str, Any], answer: Sequence[int], interventions: Sequence[Any] = ()
+) -> NDArray[np.float64]:
     """Log-probability (nats) of each token of an answer ``[token]``, teacher-forced; on the worker."""
     import torch
 
@@ -44,7 +46,9 @@ def answer_log_probs(model: Any, inputs: Mapping[str, Any], answer: Sequence[int
     return logits.double().log_softmax(-1).gather(-1, chosen[:, None])[:, 0].cpu().numpy()
 
 
-def divergence_by_step(model: Any, inputs: Mapping[str, Any], text_inputs: Mapping[str, Any], answer: Sequence[int]) -> NDArray[np.float64]:
+def divergence_by_step(
+    model: Any, inputs: Mapping[str, Any], text_inputs: Mapping[str, Any], answer: Sequence[int]
+) -> NDArray[np.float64]:
     """How far heads' outputs move when the image is taken away, at each token of an answer: ``[token]``.
 
     Mean over all heads of the text stack of ``|| z(image, text) - z(text) ||`` at the row that decides the token (He et al.

@@ -116,19 +116,25 @@ def compare(workspace: Workspace, job: Job) -> dict[str, Any]:
         runs[side] = run.id
         job.check()
     result = {
-        "prompt": spec["prompt"], "spec": {k: v for k, v in spec.items()}, "runs": runs,
+        "prompt": spec["prompt"], "spec": dict(spec), "runs": runs,
         "text": {side: model.decode(ids) for side, ids in sides.items()}, "ids": sides,
         "diff": token_diff(*(_words(model, ids) for ids in sides.values())),
         "same": sides["before"] == sides["after"], "n_tokens": {side: len(ids) for side, ids in sides.items()},
     }  # fmt: skip
     job.emit("partial", partial=result)
-    result["effect"] = effect(model, inputs, sides["before"], spec["interventions"], actions, job, int(spec.get("seed", 0)))
-    result["curves"] = {side: curves(workspace, workspace.runs[runs[side]], model, spec, sides[side], side) for side in sides}
+    result["effect"] = effect(
+        model, inputs, sides["before"], spec["interventions"], actions, job, int(spec.get("seed", 0))
+    )
+    result["curves"] = {
+        side: curves(workspace, workspace.runs[runs[side]], model, spec, sides[side], side) for side in sides
+    }
     result["verdict"] = verdict(result)
     return result
 
 
-def _traced(workspace: Workspace, job: Job, model: Any, inputs: Any, spec: Mapping[str, Any], side: str, used: list[Any]) -> Any:
+def _traced(
+    workspace: Workspace, job: Job, model: Any, inputs: Any, spec: Mapping[str, Any], side: str, used: list[Any]
+) -> Any:
     """One side as a run, so that its heads can be looked at."""
     import torch
 
@@ -142,7 +148,9 @@ def _traced(workspace: Workspace, job: Job, model: Any, inputs: Any, spec: Mappi
     kept |= {"max_new_tokens": new, "interventions": spec["interventions"] if used else []}
     sampled = bool(spec.get("do_sample"))
     identity = kept | ({"seed": spec.get("seed", 0), "temperature": spec.get("temperature", 1.0)} if sampled else {})
-    capture = Capture(row_stats=True, received=True, pooled=POOLED, attention=full_bytes(model, prompt + new) <= FULL_MAP_BYTES)
+    capture = Capture(
+        row_stats=True, received=True, pooled=POOLED, attention=full_bytes(model, prompt + new) <= FULL_MAP_BYTES
+    )
     options: dict[str, Any] = {"max_new_tokens": new, "do_sample": sampled, "num_beams": 1}
     if sampled:
         options["temperature"] = float(spec.get("temperature") or 1.0)
@@ -161,7 +169,13 @@ def _traced(workspace: Workspace, job: Job, model: Any, inputs: Any, spec: Mappi
 
 
 def effect(
-    model: Any, inputs: Any, answer: list[int], specs: Sequence[Mapping[str, Any]], actions: list[Any], job: Job, seed: int
+    model: Any,
+    inputs: Any,
+    answer: list[int],
+    specs: Sequence[Mapping[str, Any]],
+    actions: list[Any],
+    job: Job,
+    seed: int,
 ) -> dict[str, Any]:
     """Change of the plain answer's log-probability under the interventions, and under the same on matched random heads.
 
@@ -179,13 +193,17 @@ def effect(
         "tokens": _words(model, answer), "random": [], "why": "",
     }  # fmt: skip
     if not specs or not all(takes_heads(spec) for spec in specs):
-        found["why"] = "no intervention" if not specs else "no random control: a method here chooses its own heads or has none"
+        found["why"] = (
+            "no intervention" if not specs else "no random control: a method here chooses its own heads or has none"
+        )
         return found
     shape = anatomy(model.module).shapes()
     for n in range(RANDOM_SETS):
         job.check()
         try:
-            sets = [matched_random(as_heads(spec["settings"]["heads"], shape), shape, seed * 1000 + n) for spec in specs]
+            sets = [
+                matched_random(as_heads(spec["settings"]["heads"], shape), shape, seed * 1000 + n) for spec in specs
+            ]
             if not all(sets):
                 raise PageError("every head of those layers is chosen: there is none left to compare with")
             other = [build(spec, str(heads)) for spec, heads in zip(specs, sets, strict=True)]
@@ -198,7 +216,9 @@ def effect(
     return found
 
 
-def curves(workspace: Workspace, run: Any, model: Any, spec: Mapping[str, Any], answer: list[int], side: str) -> dict[str, Any]:
+def curves(
+    workspace: Workspace, run: Any, model: Any, spec: Mapping[str, Any], answer: list[int], side: str
+) -> dict[str, Any]:
     """Image mass and VHD at each generated token; empty with a reason where there is no image."""
     if not spec.get("image") or not answer or "text" not in run.trace:
         return {"why": "no image in this prompt"}
@@ -232,9 +252,11 @@ def verdict(result: Mapping[str, Any]) -> str:
     if not others:
         return f"{line}."
     low, high = min(others), max(others)
-    within = low <= change <= high
     line += f", matched random heads by {low:+.3f} to {high:+.3f}"
-    return f"{line}. {'No effect beyond that of random heads.' if within else 'More than random heads do.' if abs(change) > max(abs(low), abs(high)) else 'Outside the range of random heads.'}"
+    if low <= change <= high:
+        return f"{line}. No effect beyond that of random heads."
+    more = abs(change) > max(abs(low), abs(high))
+    return f"{line}. {'More than random heads do.' if more else 'Outside what random heads do, and not larger.'}"
 
 
 def _words(model: Any, ids: Sequence[int]) -> list[str]:

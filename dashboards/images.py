@@ -29,7 +29,9 @@ def panels(run: Run, stack: str) -> list[dict[str, Any]]:
         return []
     image, tile, row, column = (np.asarray(tokens[k]) for k in ("image", "tile", "row", "column"))
     found: list[dict[str, Any]] = []
-    for number, part in sorted({(int(i), int(t)) for i, t, r in zip(image, tile, row, strict=True) if i >= 0 and r >= 0}):
+    for number, part in sorted(
+        {(int(i), int(t)) for i, t, r in zip(image, tile, row, strict=True) if i >= 0 and r >= 0}
+    ):
         here = np.flatnonzero((image == number) & (tile == part) & (row >= 0))
         tiles = {int(t) for i, t, r in zip(image, tile, row, strict=True) if i == number and r >= 0}
         found.append(

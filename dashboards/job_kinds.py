@@ -45,14 +45,24 @@ def trace(workspace: Workspace, job: Job) -> dict[str, Any]:
 
 
 def score(workspace: Workspace, job: Job) -> dict[str, Any]:
-    """One of ``interp.scores()``, sample by sample."""
+    """One of ``interp.scores()``, sample by sample.
+
+    Spec: ``model``, ``score``, and ``stack`` and ``run``: for another stack than text, and for scores without a probe of their
+    own, the run's prompt is what it is computed on, which holds for that run alone.
+    """
     from interp import analysis
 
-    name, settings = str(job.spec["score"]), dict(job.spec.get("settings") or {})
+    name, stack = str(job.spec["score"]), str(job.spec.get("stack") or "text")
     known = {entry.name: entry for entry in analysis.scores()}
     if name not in known:
         raise PageError(f"score must be one of {sorted(known)}, got {name[:60]!r}")
     model = workspace.model(str(job.spec["model"]))
-    found = analysis.score(name, model, progress=job.step, **settings)  # type: ignore[arg-type]
-    workspace.keep_score(str(job.spec["model"]), name, found)
+    info = known[name]
+    settings = {"stack": stack} if "stack" in info.settings else {}
+    probe, run = None, ""
+    if (stack != "text" or info.probe.startswith("inputs")) and not info.probe.startswith("none"):
+        run = str(job.spec.get("run") or "")
+        probe = [workspace.encode(model, workspace.run(run).spec)]
+    found = analysis.score(name, model, probe, progress=job.step, **settings)  # type: ignore[arg-type]
+    workspace.keep_score(str(job.spec["model"]), name, found, run)
     return {"model": job.spec["model"], "score": name, "stack": str(found.attrs["stack"])}

@@ -234,7 +234,13 @@ class JobQueue:
         if job.ended:
             path.unlink(missing_ok=True)
             return
-        held = {"kind": job.kind, "title": job.title, "spec": dict(job.spec), "priority": job.priority, "partial": job.partial}
+        held = {
+            "kind": job.kind,
+            "title": job.title,
+            "spec": dict(job.spec),
+            "priority": job.priority,
+            "partial": job.partial,
+        }
         write_whole(path, json.dumps(held, default=str))
 
     def resume(self) -> list[Job]:

@@ -70,9 +70,7 @@ def score_grid(score: xr.Dataset, name: str, shape: tuple[int, int]) -> Floats |
 
 
 def _score_entry(workspace: Workspace, run: Run, info: Any, stack: str, shape: tuple[int, int]) -> dict[str, Any]:
-    found = workspace.score(run.model_name, info.name)
-    if found is not None and str(found.attrs.get("stack")) != stack:
-        found = None
+    found = workspace.score(run.model_name, info.name, stack, run.id)
     entry: dict[str, Any] = {
         "key": f"s:{info.name}", "name": info.name, "unit": info.unit, "definition": info.summary, "paper": info.paper,
         "ready": found is not None, "values": None, "se": None, "null": None, "n": 0, "probe": info.probe,
@@ -84,7 +82,16 @@ def _score_entry(workspace: Workspace, run: Run, info: Any, stack: str, shape: t
             grid = score_grid(found, variable, shape)
             entry[name] = None if grid is None else pack(grid)
         entry["n"] = int(np.nanmax(found["n"].values)) if "n" in found else 0
+        entry["probe"] = probe_of(found) or info.probe
     return entry
+
+
+def probe_of(score: xr.Dataset) -> str:
+    """What a score was computed on, in a word."""
+    settings = score.attrs.get("settings")
+    probe = settings.get("probe") if isinstance(settings, dict) else None
+    name = probe.get("name") if isinstance(probe, dict) else probe
+    return "this prompt" if name == "list" else str(name or "")
 
 
 def cluster_order(pooled: Floats) -> NDArray[np.int64]:
@@ -115,8 +122,8 @@ def values_by_name(workspace: Workspace, run: Run, stack: str) -> dict[str, Floa
     """Every metric that is ready, ``[layer, head]`` by key."""
     found = {f"p:{metric.key}": values for metric, values in run.metric_values(stack)}
     for info in scores_for(stack):
-        score = workspace.score(run.model_name, info.name)
-        if score is not None and str(score.attrs.get("stack")) == stack:
+        score = workspace.score(run.model_name, info.name, stack, run.id)
+        if score is not None:
             grid = score_grid(score, "value", run.shape(stack))
             if grid is not None:
                 found[f"s:{info.name}"] = grid

@@ -33,7 +33,9 @@ def palette(name: str) -> NDArray[np.uint8]:
         raise ValueError(f"palette must be one of {sorted(known)}, got {name!r}")
     anchors = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in known[name]], float)
     at = np.linspace(0, len(anchors) - 1, MISSING)
-    return np.stack([np.interp(at, np.arange(len(anchors)), anchors[:, c]) for c in range(3)], 1).round().astype(np.uint8)
+    return (
+        np.stack([np.interp(at, np.arange(len(anchors)), anchors[:, c]) for c in range(3)], 1).round().astype(np.uint8)
+    )
 
 
 def indices(values: Floats, top: float, gamma: float = 1.0) -> NDArray[np.uint8]:
@@ -106,15 +108,26 @@ class Pyramid:
         return sum(level.nbytes for level in self.levels)
 
     def tile(
-        self, x0: int, x1: int, y0: int, y1: int, width: int = TILE, *, top: float, gamma: float = 0.5, name: str = "viridis"
+        self,
+        x0: int,
+        x1: int,
+        y0: int,
+        y1: int,
+        width: int = TILE,
+        *,
+        top: float,
+        gamma: float = 0.5,
+        name: str = "viridis",
     ) -> Tile:
         """The smallest picture that is sharp at ``width`` pixels; what it covers may be a little more than was asked for."""
         rows, columns = self.shape
         x0, y0 = min(max(x0, 0), columns - 1), min(max(y0, 0), rows - 1)
         x1, y1 = min(max(x1, x0 + 1), columns), min(max(y1, y0 + 1), rows)
         level = 0
-        while level + 1 < len(self.levels) and max(x1 - x0, y1 - y0) >> (level + 1) >= width // 2 and (
-            max(x1 - x0, y1 - y0) >> level > width
+        while (
+            level + 1 < len(self.levels)
+            and max(x1 - x0, y1 - y0) >> (level + 1) >= width // 2
+            and (max(x1 - x0, y1 - y0) >> level > width)
         ):
             level += 1
         step = 1 << level

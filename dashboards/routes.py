@@ -59,7 +59,9 @@ def blueprint(space: Workspace) -> Blueprint:
         found.check_head(stack, layer, head)
         pyramid = space.pyramid(found, one, look)
         whole = pyramid.shape == (len(found.tokens(stack)["queries"]), len(found.tokens(stack)["keys"]))
-        edge = 1 if whole else int(found.stack(stack)["block_edge"]) if "block_edge" in found.stack(stack).variables else 1
+        edge = (
+            1 if whole else int(found.stack(stack)["block_edge"]) if "block_edge" in found.stack(stack).variables else 1
+        )
         return {
             "rows": pyramid.shape[0], "columns": pyramid.shape[1], "top": pyramid.top, "pooled": not whole, "edge": edge,
             **facts.facts(space, found, one),
@@ -116,7 +118,11 @@ def blueprint(space: Workspace) -> Blueprint:
     @get("/run/<run>/examples/<stack>/<int:layer>/<int:head>")
     def head_examples(run: str, stack: str, layer: int, head: int) -> Any:
         found, one = space.run(run), Head(layer, head, stack)
-        return {"examples": found.once(("examples", str(one)), lambda: space.queue.call(lambda: facts.examples(space, found, one)))}
+        return {
+            "examples": found.once(
+                ("examples", str(one)), lambda: space.queue.call(lambda: facts.examples(space, found, one))
+            )
+        }
 
     @get("/run/<run>/images/<stack>")
     def image_panels(run: str, stack: str) -> Any:
@@ -182,7 +188,10 @@ def blueprint(space: Workspace) -> Blueprint:
 
     @get("/jobs")
     def jobs() -> Any:
-        return {"jobs": [job.summary() for job in reversed(list(space.queue.jobs.values()))][:50], "last": space.queue.last_event}
+        return {
+            "jobs": [job.summary() for job in reversed(list(space.queue.jobs.values()))][:50],
+            "last": space.queue.last_event,
+        }
 
     @get("/job/<job>")
     def job(job: str) -> Any:
@@ -195,7 +204,11 @@ def blueprint(space: Workspace) -> Blueprint:
         epoch, _, number = given.partition("-")
         # Numbers start anew with the server: those of an earlier one mean nothing.
         since = int(number) if epoch == space.queue.epoch and number.isdigit() else space.queue.last_event
-        return Response(_stream(space, since), mimetype="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        return Response(
+            _stream(space, since),
+            mimetype="text/event-stream",
+            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+        )
 
     @post("/image")
     def add_image() -> Any:
@@ -211,11 +224,18 @@ def blueprint(space: Workspace) -> Blueprint:
 
     @post("/score")
     def start_score() -> Any:
-        body = _body()
-        model, name = space.spec({"model": body.get("model")})["model"], str(body.get("score"))
-        waiting = [q for q in space.queue.jobs.values() if q.kind == "score" and not q.ended and dict(q.spec) == {"model": model, "score": name}]
-        found = waiting[0] if waiting else space.queue.submit("score", f"score {name}", {"model": model, "score": name}, SCORE)
-        return {"job": found.id}
+        found = space.run(str(_body().get("run")))
+        spec = {
+            "model": found.model_name,
+            "score": str(_body().get("score")),
+            "stack": str(_body().get("stack") or "text"),
+            "run": found.id,
+        }
+        space.spec({"model": spec["model"]})
+        found.stack(spec["stack"])
+        same = [q for q in space.queue.jobs.values() if q.kind == "score" and not q.ended and dict(q.spec) == spec]
+        job = same[0] if same else space.queue.submit("score", f"score {spec['score']} ({spec['stack']})", spec, SCORE)
+        return {"job": job.id}
 
     @post("/generate")
     def start_generate() -> Any:
@@ -349,4 +369,8 @@ def _heads(text: str, stack: str) -> Heads:
 def _stream(space: Workspace, since: int) -> Any:
     yield f"id: {space.queue.epoch}-{since}\nevent: hello\ndata: {{}}\n\n"
     for entry in space.queue.events(since):
-        yield ": keep\n\n" if entry is None else f"id: {space.queue.epoch}-{entry[0]}\nevent: {entry[1]}\ndata: {entry[2]}\n\n"
+        yield (
+            ": keep\n\n"
+            if entry is None
+            else f"id: {space.queue.epoch}-{entry[0]}\nevent: {entry[1]}\ndata: {entry[2]}\n\n"
+        )

@@ -99,8 +99,13 @@ class Run:
         if pooled is None:
             return 1.0
         return self.once(
-            ("top", stack), lambda: float(max(0.05, np.nanquantile(pooled[np.isfinite(pooled)], 0.995))) if np.isfinite(pooled).any() else 1.0
-        )  # fmt: skip
+            ("top", stack),
+            lambda: (
+                float(max(0.05, np.nanquantile(pooled[np.isfinite(pooled)], 0.995)))
+                if np.isfinite(pooled).any()
+                else 1.0
+            ),
+        )
 
     def full_map(self, stack: str, layer: int, head: int) -> Floats | None:
         """``[query, key]`` of one head, or None where full maps were not traced."""
@@ -131,7 +136,11 @@ class Run:
                 return None
             return first[name].values.tolist()
 
-        rows = column("token_fed", "query") or column("token", "key") or [str(i) for i in range(first.sizes.get("query", 0))]
+        rows = (
+            column("token_fed", "query")
+            or column("token", "key")
+            or [str(i) for i in range(first.sizes.get("query", 0))]
+        )
         return {
             "keys": column("token", "key") or [str(i) for i in range(n_keys)],
             "queries": rows,
@@ -151,16 +160,29 @@ class Run:
             layers, heads = self.shape(name)
             data = self.trace[name]
             stacks[name] = {
-                "layers": layers, "heads": heads, "queries": int(data.sizes.get("query", 0)),
-                "keys": int(data.sizes.get("key", data.sizes.get("query", 0))), "pooled": "pooled" in data.variables,
-                "full": "attention" in data.variables, "kv_group": self.kv_groups.get(name, 1),
-            }  # fmt: skip
+                "layers": layers,
+                "heads": heads,
+                "queries": int(data.sizes.get("query", 0)),
+                "keys": int(data.sizes.get("key", data.sizes.get("query", 0))),
+                "pooled": "pooled" in data.variables,
+                "full": "attention" in data.variables,
+                "kv_group": self.kv_groups.get(name, 1),
+            }
         return {
-            "id": self.id, "title": self.title, "model": self.model_name, "stacks": stacks, "answer": self.answer,
-            "prompt": self.spec.get("prompt", ""), "images": list(self.images), "prompt_length": self.prompt_length,
-            "interventions": self.spec.get("interventions") or [], "saved": "trace" in self.spec, "chat": bool(self.spec.get("chat")),
-            "max_new_tokens": self.spec.get("max_new_tokens", 0), "image": self.spec.get("image"),
-        }  # fmt: skip
+            "id": self.id,
+            "title": self.title,
+            "model": self.model_name,
+            "stacks": stacks,
+            "answer": self.answer,
+            "prompt": self.spec.get("prompt", ""),
+            "images": list(self.images),
+            "prompt_length": self.prompt_length,
+            "interventions": self.spec.get("interventions") or [],
+            "saved": "trace" in self.spec,
+            "chat": bool(self.spec.get("chat")),
+            "max_new_tokens": self.spec.get("max_new_tokens", 0),
+            "image": self.spec.get("image"),
+        }
 
     @property
     def model_name(self) -> str:
@@ -200,7 +222,9 @@ def full_bytes(model: Any, length: int) -> int:
     return sum(site.n_heads * 4 * length * length for site in anatomy(model.module).sites)
 
 
-def trace_prompt(model: Any, inputs: Any, spec: Mapping[str, Any], interventions: list[Any], streamer: Any, stop: Any) -> Any:
+def trace_prompt(
+    model: Any, inputs: Any, spec: Mapping[str, Any], interventions: list[Any], streamer: Any, stop: Any
+) -> Any:
     """One traced generate (or forward): ``(trace, ids, prompt length)``; on the worker."""
     import torch
 
@@ -211,7 +235,9 @@ def trace_prompt(model: Any, inputs: Any, spec: Mapping[str, Any], interventions
     prompt = int(ids.shape[1]) if ids is not None else 0
     new = int(spec.get("max_new_tokens") or 0) if model.is_generative else 0
     length = max(prompt + new, 256 if prompt == 0 else 0)
-    capture = Capture(row_stats=True, received=True, pooled=POOLED, attention=full_bytes(model, length) <= FULL_MAP_BYTES)
+    capture = Capture(
+        row_stats=True, received=True, pooled=POOLED, attention=full_bytes(model, length) <= FULL_MAP_BYTES
+    )
     with hooked(model, capture=capture, interventions=interventions) as run, torch.no_grad():
         if new:
             options: dict[str, Any] = {"do_sample": False, "num_beams": 1}

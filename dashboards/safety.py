@@ -54,7 +54,9 @@ def check_model(name: str, offered: Sequence[str], roots: Sequence[Path]) -> str
     if looks_local:
         return str(below(name, roots, "model"))
     if not MODEL_ID.fullmatch(name) or ".." in name:
-        raise PageError(f"model must be a bundled name, a folder below a root, or a hub id 'owner/name', got {name[:80]!r}")
+        raise PageError(
+            f"model must be a bundled name, a folder below a root, or a hub id 'owner/name', got {name[:80]!r}"
+        )
     return name
 
 
@@ -94,13 +96,16 @@ def read_image(data: bytes) -> tuple[str, bytes, tuple[int, int]]:
             if width * height > MAX_PIXELS:
                 raise PageError(
                     f"image must have at most {MAX_PIXELS / 1e6:.0f} million pixels, got {width} x {height} "
-                    f"({width * height / 1e6:.0f} million)", 413
-                )  # fmt: skip
+                    f"({width * height / 1e6:.0f} million)",
+                    413,
+                )
             image = ImageOps.exif_transpose(image).convert("RGB")
     except PageError:
         raise
     except Exception as error:
-        raise PageError(f"image must be a picture ({', '.join(IMAGE_KINDS)}), got {len(data)} bytes that are none") from error
+        raise PageError(
+            f"image must be a picture ({', '.join(IMAGE_KINDS)}), got {len(data)} bytes that are none"
+        ) from error
     if max(image.size) > MAX_EDGE:
         image.thumbnail((MAX_EDGE, MAX_EDGE))
     out = io.BytesIO()
@@ -112,12 +117,13 @@ class Guard:
     """Checks every request before it reaches the app.
 
     Args:
-        hosts: names the page is reached by. A page of another site that points its own name here is refused by them.
+        hosts: names the page is reached by. A page of another site that points its own name here is refused by them. None
+            takes any: then that page has no cookie with the token.
         token: asked for once in the address (``?token=``), then kept in a cookie; None asks for none (this machine only).
     """
 
-    def __init__(self, hosts: Sequence[str] = LOOPBACK, token: str | None = None) -> None:
-        self.hosts, self.token = tuple(hosts), token
+    def __init__(self, hosts: Sequence[str] | None = LOOPBACK, token: str | None = None) -> None:
+        self.hosts, self.token = hosts, token
 
     def install(self, server: Any, policy: str) -> None:
         """Put the checks on a Flask server.
@@ -125,7 +131,9 @@ class Guard:
         Args:
             policy: the Content-Security-Policy.
         """
-        server.config.update(TRUSTED_HOSTS=list(self.hosts), MAX_CONTENT_LENGTH=MAX_BODY)
+        server.config.update(
+            TRUSTED_HOSTS=None if self.hosts is None else list(self.hosts), MAX_CONTENT_LENGTH=MAX_BODY
+        )
         server.before_request(self.before)
         self.policy = policy
         server.after_request(self.after)
@@ -147,10 +155,13 @@ class Guard:
     def after(self, response: Any) -> Any:
         document = response.mimetype == "text/html"
         for name, value in (
-            ("X-Content-Type-Options", "nosniff"), ("Cross-Origin-Resource-Policy", "same-origin"),
-            ("Content-Security-Policy", self.policy if document else "default-src 'none'"), ("Referrer-Policy", "no-referrer"), ("X-Frame-Options", "DENY"),
+            ("X-Content-Type-Options", "nosniff"),
+            ("Cross-Origin-Resource-Policy", "same-origin"),
+            ("Content-Security-Policy", self.policy if document else "default-src 'none'"),
+            ("Referrer-Policy", "no-referrer"),
+            ("X-Frame-Options", "DENY"),
             ("Cross-Origin-Opener-Policy", "same-origin"),
-        ):  # fmt: skip
+        ):
             response.headers[name] = value
         return response
 

@@ -40,7 +40,13 @@ def save(space: Workspace, job: Job) -> dict[str, Any]:
     """Keep a finished before / after; the id is the job's."""
     if job.kind != "generate" or job.result is None:
         raise PageError("only a finished before / after can be saved", 409)
-    held = {"format": "headscope-workbench", "version": 1, "saved": time.time(), "spec": dict(job.spec), "result": job.result}
+    held = {
+        "format": "headscope-workbench",
+        "version": 1,
+        "saved": time.time(),
+        "spec": dict(job.spec),
+        "result": job.result,
+    }
     write_whole(space.state / "saved" / f"{job.id}.json", json.dumps(held, indent=1, default=str))
     return {"saved": job.id}
 
@@ -52,7 +58,9 @@ def listed(space: Workspace) -> list[dict[str, Any]]:
         try:
             held = json.loads(path.read_text(encoding="utf-8"))
             names = "+".join(str(i["name"]) for i in held["spec"]["interventions"]) or "plain"
-            found.append({"value": path.stem, "label": f"{names}: {held['spec']['prompt'][:40]}", "saved": held["saved"]})
+            found.append(
+                {"value": path.stem, "label": f"{names}: {held['spec']['prompt'][:40]}", "saved": held["saved"]}
+            )
         except (ValueError, KeyError, TypeError, OSError):
             continue
     return sorted(found, key=lambda e: -float(e["saved"]))

@@ -38,7 +38,12 @@ def sinks(run: Run, stack: str, threshold: float = 0.3, group: str | None = None
     if group is not None and group not in groups:
         raise PageError(f"rows must be one of {groups}, got {group[:40]!r}")
     layers, heads = run.shape(stack)
-    mean = received_mean(data, group).reindex(layer=range(layers), head=range(heads)).transpose("layer", "head", "key").values
+    mean = (
+        received_mean(data, group)
+        .reindex(layer=range(layers), head=range(heads))
+        .transpose("layer", "head", "key")
+        .values
+    )
     rows = data["received_rows"] if group is None else data["received_rows"].sel(query_group=group)
     seen = rows.sum([d for d in ("sample", "query_group") if d in rows.dims]).max(["layer", "head"]).values
     mean = np.where(seen >= 4, mean, np.nan)
@@ -49,8 +54,8 @@ def sinks(run: Run, stack: str, threshold: float = 0.3, group: str | None = None
         overall = np.nan_to_num(np.nansum(mean, (0, 1)) / there)
     order = np.argsort(-overall, kind="stable")[: min(TOP_KEYS, mean.shape[-1])]
     tokens = run.tokens(stack)
-    found = [k for k in np.flatnonzero(share > 0)]
-    on_sinks = np.where(missing, np.nan, np.nan_to_num(mean[..., found]).sum(-1) if found else 0.0)
+    found = np.flatnonzero(share > 0).tolist()
+    on_sinks = np.where(missing, np.nan, np.nan_to_num(mean[..., found]).sum(-1) if found else np.zeros(mean.shape[:2]))
     with np.errstate(invalid="ignore"):
         by_layer = np.nanmean(np.where(missing[..., None], np.nan, np.nan_to_num(mean)), 1) if there else mean[:, 0]
     return {
@@ -99,4 +104,7 @@ def activations(workspace: Workspace, run: Run) -> dict[str, Any]:
                 "massive": bool(largest > 100 and largest > 1000 * median),
             }
         )  # fmt: skip
-    return {"rows": rows, "sites": f"residual stream before layer 0 to after layer {len(rows) - 1} (as the model returns it)"}
+    return {
+        "rows": rows,
+        "sites": f"residual stream before layer 0 to after layer {len(rows) - 1} (as the model returns it)",
+    }

@@ -94,7 +94,9 @@ def build(spec: Mapping[str, Any], heads: str | None = None) -> Any:
     if absent:
         raise PageError(f"{found.name} needs {', '.join(absent)}: fill it in, or choose heads first")
     try:
-        return _classes()[found.name](**{k: v for k, v in settings.items() if v is not None or k in spec.get("settings", {})})
+        return _classes()[found.name](
+            **{k: v for k, v in settings.items() if v is not None or k in spec.get("settings", {})}
+        )
     except (ValueError, TypeError) as error:
         raise PageError(f"{found.name}: {error}") from error
 
@@ -111,7 +113,9 @@ def build_all(specs: Sequence[Mapping[str, Any]], model: Any = None) -> list[Any
 
 
 def takes_heads(spec: Mapping[str, Any]) -> bool:
-    return any(f.kind == "heads" for f in card(str(spec.get("name"))).fields) and bool(spec.get("settings", {}).get("heads"))
+    return any(f.kind == "heads" for f in card(str(spec.get("name"))).fields) and bool(
+        spec.get("settings", {}).get("heads")
+    )
 
 
 def read(field: Field, value: Any) -> Any:

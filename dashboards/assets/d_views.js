@@ -82,15 +82,15 @@
     if (!m) { host.replaceChildren(); return; }
     const nodes = [el("b", { text: m.name }), el("span", { text: `: ${m.definition}. Unit: ${m.unit}. ` }), el("span", { class: "hs-dim", text: [m.paper, m.probe && `on ${m.probe}`, m.control && `control: ${m.control}`].filter(Boolean).join("; ") })];
     if (!m.ready) {
-      const job = [...hs.jobs.values()].find((j) => j.kind === "score" && j.title === `score ${m.name}` && ["queued", "running"].includes(j.state));
+      const job = [...hs.jobs.values()].find((j) => j.kind === "score" && j.title === `score ${m.name} (${hs.state.stack})` && ["queued", "running"].includes(j.state));
       nodes.push(el("div", { class: "hs-empty" }, job ? el("span", { text: "being computed; you can go on browsing" }) : el("button", { type: "button", class: "hs-button hs-strong", id: "compute", text: `Compute ${m.name} for this model`, onclick: () => compute(m.name) })));
     }
     host.replaceChildren(...nodes);
   }
   async function compute(name) {
     await hs.guard("score", async () => {
-      const made = await hs.post("score", { model: page.info.model, score: name });
-      const again = async () => { await hs.loadOverview(); overview(); table(); };
+      const made = await hs.post("score", { run: page.info.id, score: name, stack: hs.state.stack });
+      const again = async () => { await hs.loadOverview(); overview(); table(); hs.announceStack(); };
       hs.watch(made.job, { done: again, failed: (j) => { hs.problem(`${name}: ${j.error}`, "score"); about(metric(hs.state.metric)); }, cancelled: () => about(metric(hs.state.metric)) });
       setTimeout(() => about(metric(hs.state.metric)), 150);
     });
@@ -209,7 +209,7 @@
       parts.map.source = parts.map.source && parts.map.source.rows === src.rows ? parts.map.source : null;
       await parts.map.set(src); if (!current()) return;
       parts.map.canvas.setAttribute("aria-label", `attention of ${hs.current()}, ${src.rows} queries by ${src.columns} keys; exact weights are in the token strips`);
-      $("map-host").dataset.head = hs.current(); $("map-host").dataset.took = Math.round(performance.now() - began);
+      $("map-title").textContent = right ? hs.current() : ""; $("map-host").dataset.head = hs.current(); $("map-host").dataset.took = Math.round(performance.now() - began);
       compare(right); strips(); facts(src);
     });
   }
@@ -244,8 +244,8 @@
   }
   function facts(src) {
     const host = $("head-facts"), meta = src.meta; if (!host) return;
-    const rows = meta.numbers.map((n) => { const m = metric(n.key); return [m ? m.name : n.key, `${number(n.value)}${m ? " " + m.unit : ""}`, `${n.rank} / ${n.of}`]; });
-    const table = el("table", { class: "hs-table" }, el("tr", {}, ...["number", "value", "rank"].map((t) => el("th", { text: t }))), ...rows.map((r) => el("tr", {}, ...r.map((t) => el("td", { text: t })))));
+    const rows = meta.numbers.map((n) => { const m = metric(n.key); return [m ? m.name : n.key, number(n.value), `${n.rank} / ${n.of}`, m ? `${m.definition}. Unit: ${m.unit}` : ""]; });
+    const table = el("table", { class: "hs-table" }, el("tr", {}, ...["number", "value", "rank"].map((t) => el("th", { text: t }))), ...rows.map((r) => el("tr", { title: r[3] }, ...r.slice(0, 3).map((t) => el("td", { text: t })))));
     const tokens = page.info.tokens[hs.state.stack];
     const sinks = meta.sinks.length ? `Sink columns of this head: ${meta.sinks.map((k) => `${k} “${visible(tokens.keys[k])}”`).join(", ")}${src.hidden ? " (hidden)" : ""}.` : "No sink column in this head.";
     host.replaceChildren(el("h2", { text: meta.head }), el("p", { class: "hs-dim", text: (meta.kv_group !== null ? `KV group ${meta.kv_group}. ` : "") + sinks + (meta.pooled ? ` Only block sums were traced (blocks of ${meta.edge}).` : "") }), table,

@@ -139,7 +139,13 @@
     parts.importance.canvas.setAttribute("aria-label", `${top.length} heads by ${n} metrics, coloured by rank`);
     R.colourbar($("importance-bar"), 0, 1, "viridis", "share of heads that rank lower");
     $("importance-note").textContent = `The ${top.length} first heads by ${by.name}, under every number there is (${scores.length} computed score${scores.length === 1 ? "" : "s"}; ${o.metrics.length - all.length} more can be computed in the overview).`;
-    agreement(used);
+    agreement(used); missing(o);
+  }
+  const GROUPS = [["Importance", ["ablation", "direct_effect", "logit_attribution", "attribution_patching", "activation_patching", "head_gates", "write_norm", "entry_influence", "vit_importance"]], ["Retrieval and copying", ["induction", "prefix_matching", "copying", "ov_copying", "qk_matching", "retrieval", "query_mass"]], ["Vision", ["vision_aware_divergence", "local_vision_divergence", "image_mass", "image_centric", "visual_sink_share", "grounding"]], ["Shape", ["entropy", "sink", "effective_keys", "top_k_mass", "selection_margin", "attention_distance", "redundancy"]]];
+  function missing(o) {
+    const host = $("importance-compute"), absent = new Map(o.metrics.filter((m) => !m.ready).map((m) => [m.name, m])), known = new Set(GROUPS.flatMap((g) => g[1]));
+    const groups = [...GROUPS, ["Other", [...absent.keys()].filter((n) => !known.has(n))]].map(([title, names]) => [title, names.filter((n) => absent.has(n))]).filter(([, names]) => names.length);
+    host.replaceChildren(...(groups.length ? [el("span", { class: "hs-dim", text: "compute (as background jobs):" })] : []), ...groups.map(([title, names]) => el("button", { type: "button", class: "hs-button", text: `${title} (${names.length})`, title: names.join(", "), onclick: () => names.forEach((n) => hs.compute(n)) })));
   }
   function agreement(used) {
     const host = $("agreement-host"), n = used.length; if (!host || n < 2) { if (host) host.replaceChildren(); return; }
