@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dashboards.errors import PageError
 from dashboards.runs import Run
+
+if TYPE_CHECKING:
+    from dashboards.jobs import Job
+    from dashboards.workspace import Workspace
 
 Floats = NDArray[np.float32]
 METHODS = ("pca", "umap")
@@ -55,12 +59,11 @@ def embed(run: Run, stack: str, method: str = "pca", seed: int = SEED) -> dict[s
         places, note = pca(table)
     else:
         if find_spec("umap") is None:
-            raise PageError("UMAP needs the package umap-learn: pip install umap-learn", 409)
-        import umap
+            raise PageError("UMAP needs the package umap-learn: pip install headscope[analysis]", 409)
+        from interp.analysis.head_maps import embed as place
 
-        neighbours = min(15, len(table) - 1)
-        places: Any = umap.UMAP(n_neighbors=neighbours, min_dist=0.1, random_state=seed).fit_transform(table)
-        note = f"UMAP, {neighbours} neighbours, min_dist 0.1, seed {seed}"
+        places = place(table.astype(np.float64), "umap", seed=seed).astype(np.float32)
+        note = f"UMAP of pooled maps and this prompt's numbers, seed {seed}; distances between clusters mean nothing"
     return {
         "method": method,
         "index": index.tolist(),
@@ -119,6 +122,52 @@ def archetypes(run: Run, stack: str, count: int = 8, seed: int = SEED) -> dict[s
         "note": f"k-means of pooled maps, {len(found)} clusters, seed {seed}; each picture is the mean map of its heads.",
         "archetypes": [{"heads": members.tolist(), "map": pack(np.nanmean(flat[members], 0))} for members in found],
     }
+
+
+def autoencoder(workspace: Workspace, job: Job) -> dict[str, Any]:
+    """The job ``archetypes``: a small autoencoder trained on the run's pooled maps, and the decoded centres of its clusters.
+
+    Spec: ``run`` and ``stack``. See :func:`interp.analysis.autoencoder.fit_autoencoder`.
+    """
+    from dashboards.runs import pack
+    from interp.analysis.autoencoder import fit_autoencoder
+
+    run, stack = workspace.run(str(job.spec["run"])), str(job.spec["stack"])
+    index, maps = square_maps(run, stack)
+    count = min(8, len(index) - 1)
+    job.step(0, 1)
+    fitted = fit_autoencoder(maps, seed=SEED, seconds=60.0)
+    job.step(1, 1)
+    pictures, labels = fitted.archetypes(count, seed=SEED)
+    found = sorted(((index[labels == n], pictures[n]) for n in range(count)), key=lambda e: -len(e[0]))
+    note = (
+        f"autoencoder of pooled maps ({fitted.seconds:.0f} s, error {fitted.error:.3f}; as many principal components leave "
+        f"{fitted.pca_error:.3f}), decoded centres of {count} clusters, seed {SEED}"
+    )
+    result = {
+        "size": [32, 32],
+        "note": note,
+        "archetypes": [{"heads": heads.tolist(), "map": pack(picture)} for heads, picture in found if len(heads)],
+    }
+    run.once(("autoencoder", stack), lambda: result)
+    return result
+
+
+def square_maps(run: Run, stack: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Pooled maps of the heads that there are on a grid of 32 x 32, rows made to sum to 1: ``[n]`` and ``[n, 32, 32]``."""
+    import torch
+
+    pooled = run.pooled(stack)
+    if pooled is None:
+        raise PageError("pattern archetypes need pooled maps: trace with pooled=32", 409)
+    flat = pooled.reshape(-1, *pooled.shape[2:])
+    index = np.flatnonzero(np.isfinite(flat).any((1, 2)))
+    if len(index) < 5:
+        raise PageError("pattern archetypes need at least five heads", 409)
+    kept = torch.from_numpy(np.clip(np.nan_to_num(flat[index]), 0, None)).double()[:, None]
+    maps = torch.nn.functional.interpolate(kept, size=(32, 32), mode="bilinear", align_corners=False)[:, 0].numpy()
+    sums = maps.sum(-1, keepdims=True)
+    return index, np.where(sums > 0, maps / np.where(sums > 0, sums, 1), 1 / 32)
 
 
 def kmeans(points: Floats, count: int, seed: int, rounds: int = 40) -> NDArray[np.int64]:

@@ -17,6 +17,7 @@ __all__ = ["Stop", "kinds"]
 
 def kinds(workspace: Workspace) -> Mapping[str, Callable[[Job], Any]]:
     from dashboards.dissect import dissect
+    from dashboards.embedding import autoencoder
     from dashboards.evaluate import evaluate
 
     return {
@@ -25,6 +26,7 @@ def kinds(workspace: Workspace) -> Mapping[str, Callable[[Job], Any]]:
         "score": lambda job: score(workspace, job),
         "evaluate": lambda job: evaluate(workspace, job),
         "dissect": lambda job: dissect(workspace, job),
+        "archetypes": lambda job: autoencoder(workspace, job),
     }
 
 

@@ -149,7 +149,8 @@ def blueprint(space: Workspace) -> Blueprint:
     @get("/run/<run>/archetypes/<stack>")
     def run_archetypes(run: str, stack: str) -> Any:
         found = space.run(run)
-        return found.once(("archetypes", stack), lambda: embedding.archetypes(found, stack))
+        trained = found.known(("autoencoder", stack))
+        return trained or found.once(("archetypes", stack), lambda: embedding.archetypes(found, stack))
 
     @get("/run/<run>/page.html")
     def page(run: str) -> Any:
@@ -257,6 +258,14 @@ def blueprint(space: Workspace) -> Blueprint:
         found.check_head(head.stack, head.layer, head.head)
         spec = {"run": found.id, "head": str(head)}
         return {"job": space.queue.submit("dissect", f"dissect {head}", spec, SWEEP).id}
+
+    @post("/archetypes")
+    def start_archetypes() -> Any:
+        body = _body()
+        found = space.run(str(body.get("run")))
+        embedding.square_maps(found, str(body.get("stack")))
+        spec = {"run": found.id, "stack": str(body.get("stack"))}
+        return {"job": space.queue.submit("archetypes", f"archetypes ({spec['stack']})", spec, SWEEP).id}
 
     @post("/job/<job>/cancel")
     def cancel(job: str) -> Any:

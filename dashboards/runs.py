@@ -82,6 +82,10 @@ class Run:
             self._made[key] = make()
         return self._made[key]
 
+    def known(self, key: Any) -> Any:
+        """What :meth:`once` made, None where it has not."""
+        return self._made.get(key)
+
     def metric_values(self, stack: str) -> list[tuple[Metric, Floats]]:
         data = self.stack(stack)
         return self.once(("metrics", stack), lambda: [(m, grid_of(data, m.values(data))) for m in metrics_of(data)])

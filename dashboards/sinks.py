@@ -55,7 +55,7 @@ def sinks(run: Run, stack: str, threshold: float = 0.3, group: str | None = None
     order = np.argsort(-overall, kind="stable")[: min(TOP_KEYS, mean.shape[-1])]
     tokens = run.tokens(stack)
     found = np.flatnonzero(share > 0).tolist()
-    on_sinks = np.where(missing, np.nan, np.nan_to_num(mean[..., found]).sum(-1) if found else np.zeros(mean.shape[:2]))
+    on_sinks = np.where(missing, np.nan, np.nan_to_num(mean[..., found]).sum(-1))
     with np.errstate(invalid="ignore"):
         by_layer = np.nanmean(np.where(missing[..., None], np.nan, np.nan_to_num(mean)), 1) if there else mean[:, 0]
     return {

@@ -119,7 +119,8 @@
         values.forEach((v, i) => { const rgb = R.colour(v, 0, top, "viridis", 0.5); image.data.set([...rgb, 255], 4 * i); }); x.putImageData(image, 0, 0);
         return el("button", { type: "button", class: "hs-card", title: "select these heads", onclick: () => lassoed(a.heads, false) }, c, el("span", { text: `${n + 1}: ${a.heads.length} heads` }));
       });
-      host.replaceChildren(el("h2", { text: "Pattern archetypes" }), el("p", { class: "hs-dim", text: d.note }), el("div", { class: "hs-row" }, ...cards));
+      const train = el("button", { type: "button", class: "hs-button", id: "do-archetypes", text: "Train the autoencoder (about a minute)", onclick: () => hs.guard("archetypes", async () => { const made = await hs.post("archetypes", { run: page.info.id, stack: o.stack }); train.disabled = true; hs.watch(made.job, { done: archetypes, failed: (j) => { train.disabled = false; hs.problem(j.error, "archetypes"); }, cancelled: () => { train.disabled = false; } }); }) });
+      host.replaceChildren(el("h2", { text: "Pattern archetypes" }), el("p", { class: "hs-dim", text: d.note }), el("div", { class: "hs-row" }, ...cards), ...(d.note.startsWith("autoencoder") ? [] : [train])); host.dataset.count = d.archetypes.length;
     });
   }
 
