@@ -261,11 +261,11 @@ def test_the_model_is_left_as_it_was() -> None:
     before = plain(module, specimen.inputs)
     layer: Any = module.get_submodule("model.layers.1")
     score("ablation", module, [specimen.inputs], kind="zero")
-    with pytest.raises(RuntimeError, match="stop"), Replay(Model(module), specimen.inputs) as replay:
 
-        def stop(call: Any, z: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-            raise RuntimeError("stop")
+    def stop(call: Any, z: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("stop")
 
+    with Replay(Model(module), specimen.inputs) as replay, pytest.raises(RuntimeError, match="stop"):
         replay.run(1, 2, after={1: stop})
     assert "forward" not in vars(layer) and module.config._attn_implementation == "sdpa"
     assert torch.equal(before, plain(module, specimen.inputs))

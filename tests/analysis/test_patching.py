@@ -113,8 +113,8 @@ def test_attribution_is_the_derivative_of_patching(what: str) -> None:
     clean, corrupt = (activations(model, part.inputs(), "text", what) for part in (one.clean, one.corrupt))  # type: ignore[arg-type]
     step = 1e-2
     group = 2 if what in ("k", "v") else 1
+    head = 1
     for layer in range(3):
-        head = 1
         change = clean[layer] - corrupt[layer]
 
         def moved(t: float, layer: int = layer, change: torch.Tensor = change) -> float:
@@ -202,8 +202,9 @@ def test_path_patching_against_its_definition_with_frozen_modules(family: str, w
     z_clean = activations(model, one.clean.inputs(), "text", "z")
     base = difference(module, one.corrupt)
     layers = module.model.layers
+    kept: dict[str, Any] = {}
+    heard: dict[int, torch.Tensor] = {}
     for sender, head in ((0, 1), (receiver - 1, 2)):
-        kept: dict[str, Any] = {}
         handles = [
             part.register_forward_hook(lambda _, args, out, name=f"{n}.{name}": kept.update({name: out}))
             for n, layer in enumerate(layers)
@@ -216,7 +217,6 @@ def test_path_patching_against_its_definition_with_frozen_modules(family: str, w
         frozen = [(layers[n].mlp, f"{n}.mlp") for n in range(sender, receiver)]
         frozen += [(layers[n].self_attn, f"{n}.self_attn") for n in range(sender + 1, receiver)]
         handles = [part.register_forward_hook(lambda _, args, out, name=name: kept[name]) for part, name in frozen]
-        heard: dict[int, torch.Tensor] = {}
 
         def send(call: Any, z: torch.Tensor, sender: int = sender, head: int = head) -> torch.Tensor | None:
             if call.site.layer == receiver:
