@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from interp.analysis.running import AnalysisError
 from interp.models.anatomy import Site, anatomy
 from interp.models.model import Model
+from interp.tracing.calls import Intervention, RunState, SiteCall
+from interp.tracing.session import hooked
 
 NAMES = {
     "q": ("q_proj", "query", "q", "q_lin", "query_proj"),
@@ -150,19 +152,50 @@ def _folded(norm: nn.Module, weight: Tensor) -> Tensor:
 
 
 def require_plain_heads(model: Model, inputs: Mapping[str, Any], stack: str, name: str) -> list[Site]:
-    """Sites of a stack whose z goes straight into the output projection.
+    """Sites of a stack whose z goes straight into the output projection, as one forward shows.
 
     Raises:
-        AnalysisError: a model that gates or normalises in between (Qwen3-Next, BitNet).
+        AnalysisError: a model that gates or normalises in between (Qwen3-Next, BitNet), or without a known projection.
     """
-    with torch.no_grad():
-        sites = anatomy(model.module, inputs).stacks[stack]
-    gated = [site.name for site in sites if site.z_is_projected is False]
-    if gated:
+    sites = anatomy(model.module).stacks[stack]
+    reader = _Z(stack)
+    wrong: list[str] = []
+    handles: list[Any] = []
+    for site in sites:
+        if site.out_proj is None:
+            raise AnalysisError(f"{name} needs output projections that are known, and {site.name} has none")
+
+        def compare(_: nn.Module, args: tuple[Any, ...], site: Site = site) -> None:
+            z = reader.found.get(site.name)
+            if z is None or not torch.equal(z.reshape(args[0].shape), args[0]):
+                wrong.append(site.name)
+
+        handles.append(model.module.get_submodule(f"{site.name}.{site.out_proj}").register_forward_pre_hook(compare))
+    try:
+        with torch.no_grad(), hooked(model, interventions=[reader]):
+            model(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if wrong:
         raise AnalysisError(
-            f"{name} needs z to go straight into the output projection, and {gated[0]} changes it in between"
+            f"{name} needs z to go straight into the output projection, and {wrong[0]} changes it in between"
         )
     return sites
+
+
+class _Z(Intervention):
+    """z of every site of a stack."""
+
+    def __init__(self, stack: str) -> None:
+        self.stack, self.found = stack, dict[str, Tensor]()
+
+    def acts_on(self, site: Site, run: RunState) -> bool:
+        return site.stack == self.stack
+
+    def after(self, call: SiteCall, z: Tensor) -> None:
+        if call.site.stack == self.stack:
+            self.found[call.site.name] = z.detach()
 
 
 class LogitDirections:

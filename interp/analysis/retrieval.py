@@ -129,7 +129,9 @@ class Retrieval(HeadScore):
             self._forced(model, sample) if self.mode == "teacher_forced" else self._generated(model, sample)
         )
         control = elsewhere(len(sample.ids), sample.answer_span, sample.needle_span)
-        passed = probe.judge(sample, text) if callable(getattr(probe, "judge", None)) else True
+        # Nothing was generated where the answer was forced.
+        judged = self.mode == "generate" and callable(getattr(probe, "judge", None))
+        passed = probe.judge(sample, text) if judged else True
         passed = passed or not self._gated
         value, null = (
             on_grid(copied(top_key, produced, sample.ids, span, dedupe=self.dedupe), model, "text")
