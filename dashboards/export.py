@@ -85,7 +85,7 @@ def _script(name: str) -> str:
 def _prompt_only(run: Run, stack: str) -> dict[str, Any]:
     class _NoScores:
         @staticmethod
-        def score(model: str, name: str) -> None:
+        def score(*_: str) -> None:
             return None
 
     return overview(_NoScores(), run, stack)  # type: ignore[arg-type]

@@ -126,8 +126,13 @@ class JobQueue:
         self.thread = threading.Thread(target=self._work, daemon=True, name="headscope-model")
         self.thread.start()
 
-    def submit(self, kind: str, title: str, spec: Mapping[str, Any], priority: int, id: str | None = None) -> Job:
+    def submit(
+        self, kind: str, title: str, spec: Mapping[str, Any], priority: int, id: str | None = None, partial: Any = None
+    ) -> Job:
         """Queue a job.
+
+        Args:
+            id: of a job that an earlier process did not finish, with what it has as ``partial``.
 
         Raises:
             PageError: no such kind, or too many are waiting.
@@ -137,7 +142,7 @@ class JobQueue:
         with self._lock:
             if len(self._waiting) >= MAX_QUEUED:
                 raise PageError(f"at most {MAX_QUEUED} jobs may wait; cancel one first", 429)
-            job = Job(id or secrets.token_hex(6), kind, title, spec, priority, self)
+            job = Job(id or secrets.token_hex(6), kind, title, spec, priority, self, partial=partial)
             self.jobs[job.id] = job
             for old in [j for j in self.jobs.values() if j.ended][: max(0, len(self.jobs) - KEPT_JOBS)]:
                 del self.jobs[old.id]
@@ -249,11 +254,10 @@ class JobQueue:
         for path in sorted(self.folder.glob("*.json")) if self.folder is not None and self.folder.is_dir() else []:
             try:
                 held = json.loads(path.read_text(encoding="utf-8"))
-                job = self.submit(held["kind"], held["title"], held["spec"], int(held["priority"]), path.stem)
+                wish = (held["kind"], held["title"], held["spec"], int(held["priority"]))
+                job = self.submit(*wish, path.stem, held.get("partial"))
             except (ValueError, KeyError, TypeError):
                 continue
-            job.partial = held.get("partial")
-            self.keep(job)
             found.append(job)
         return found
 

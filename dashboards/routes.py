@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from flask import Blueprint, Response, request, send_file
+from werkzeug.exceptions import HTTPException
 
 from dashboards import embedding, facts, images, overview, sinks
 from dashboards.errors import PageError, explain
@@ -301,6 +302,9 @@ def _answering(function: Any) -> Any:
             found = function(**arguments)
         except PageError as error:
             return _json({"error": str(error)}, error.status)
+        except HTTPException as error:
+            words = "too large: at most 32 MB" if error.code == 413 else error.description
+            return _json({"error": words or error.name}, error.code or 500)
         except (HeadError, KeyError, ValueError) as error:
             return _json({"error": explain(error)}, 400)
         except Exception as error:

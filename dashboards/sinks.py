@@ -47,7 +47,7 @@ def sinks(run: Run, stack: str, threshold: float = 0.3, group: str | None = None
     rows = data["received_rows"] if group is None else data["received_rows"].sel(query_group=group)
     seen = rows.sum([d for d in ("sample", "query_group") if d in rows.dims]).max(["layer", "head"]).values
     mean = np.where(seen >= 4, mean, np.nan)
-    missing = np.isnan(mean).all(-1)
+    missing = np.asarray(np.isnan(mean).all(-1))
     there = max(1, int((~missing).sum()))
     with np.errstate(invalid="ignore"):
         share = (mean > threshold).sum((0, 1)) / there
@@ -56,8 +56,8 @@ def sinks(run: Run, stack: str, threshold: float = 0.3, group: str | None = None
     tokens = run.tokens(stack)
     found = np.flatnonzero(share > 0).tolist()
     on_sinks = np.where(missing, np.nan, np.nan_to_num(mean[..., found]).sum(-1))
-    with np.errstate(invalid="ignore"):
-        by_layer = np.nanmean(np.where(missing[..., None], np.nan, np.nan_to_num(mean)), 1) if there else mean[:, 0]
+    count = (~missing).sum(1)[:, None]
+    by_layer = np.where(count > 0, np.nan_to_num(mean).sum(1) / np.maximum(count, 1), np.nan)
     return {
         "stack": stack, "threshold": threshold, "groups": groups, "layers": layers, "heads": heads, "n_sinks": len(found),
         "keys": [

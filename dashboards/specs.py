@@ -6,9 +6,10 @@ has a card by existing.
 
 from __future__ import annotations
 
+import inspect
 import json
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from types import UnionType
 from typing import Any, NamedTuple
@@ -184,7 +185,7 @@ def _card(entry: Mapping[str, Any]) -> Card:
         hint = hints.get(name, Any)
         kind, choices = _kind(name, hint, None if required else default)
         if kind == "":
-            if required or Callable in {typing.get_origin(h) for h in _members(hint)} or _is_callable(hint):
+            if required or "Callable" in str(inspect.signature(cls).parameters[name].annotation):
                 missing = f"{name} is {entry['needs'] or 'an object'}: use Python"
             continue
         fields.append(Field(name, kind, None if required else default, required, choices, helps.get(name, "")))
@@ -217,12 +218,6 @@ def _kind(name: str, hint: Any, default: Any) -> tuple[str, tuple[str, ...]]:
 
 def _members(hint: Any) -> list[Any]:
     return list(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, UnionType) else [hint]
-
-
-def _is_callable(hint: Any) -> bool:
-    import collections.abc
-
-    return any(typing.get_origin(m) is collections.abc.Callable for m in _members(hint))
 
 
 def _helps(cls: type) -> dict[str, str]:
