@@ -238,8 +238,8 @@ def scores(as_json: JsonOption = False) -> None:
             [{**entry._asdict(), "settings": {k: str(v) for k, v in entry.settings.items()}} for entry in found]
         )
         return
-    rows = [(e.name, e.summary, e.unit, ", ".join(e.stacks), e.probe) for e in found]
-    common.show(common.table("Scores", ("name", "what", "unit", "stacks", "probe"), rows))
+    rows = [(e.name, e.summary, e.unit, ", ".join(e.stacks), e.probe, e.needs) for e in found]
+    common.show(common.table("Scores", ("name", "what", "unit", "stacks", "probe", "needs"), rows))
 
 
 app.command(epilog="Example: headscope sweep MODEL --kind mean --folder out/sweep")(sweep)

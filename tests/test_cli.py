@@ -59,8 +59,9 @@ def test_info_tells_the_anatomy(llama: str) -> None:
 def test_every_command_has_help_with_an_example() -> None:
     for command in app.registered_commands:
         assert command.callback is not None
-        result = run(command.callback.__name__, "--help")
-        assert result.exit_code == 0 and "Example: headscope" in result.stdout, command.callback.__name__
+        name = command.name or command.callback.__name__
+        result = run(name, "--help")
+        assert result.exit_code == 0 and "Example: headscope" in result.stdout, name
 
 
 def test_help_imports_no_heavy_library() -> None:

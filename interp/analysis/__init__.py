@@ -1,10 +1,12 @@
-"""Scores of attention heads: :func:`scores` lists them, :func:`score` runs one. One score a file."""
+"""Scores of attention heads: :func:`scores` lists them, :func:`score` runs one; :func:`analyses` lists what gives no number a head."""
 
 from __future__ import annotations
 
 from dataclasses import fields
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from interp.analysis.functions import AnalysisInfo, analyses
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -52,7 +54,7 @@ _HOMES = {
 }
 _CLASSES = {class_name: home for home, class_name in _HOMES.values()}
 
-__all__ = ["ScoreInfo", "score", "scores"]
+__all__ = ["AnalysisInfo", "ScoreInfo", "analyses", "score", "scores"]
 
 
 class ScoreInfo(NamedTuple):
