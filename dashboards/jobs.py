@@ -306,8 +306,8 @@ class JobQueue:
             job.state, job.ended = state, time.time()
             if self.current is job:
                 self.current = None
+            self.keep(job)
             self._lock.notify_all()
-        self.keep(job)
         self.emit("job", **job.summary())
 
 

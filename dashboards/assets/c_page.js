@@ -142,7 +142,7 @@
     props("c-stack", { data: stacks.map((v) => ({ value: v, label: v })), value: stack }); shown.stack = stack;
     const answer = document.getElementById("answer"); if (answer) { answer.textContent = info.answer ? info.answer : ""; answer.hidden = !info.answer; }
     const fresh = state.run !== info.id;
-    set(patch, fresh && booted && state.run ? undefined : "replace");
+    set(patch, fresh && booted && state.run ? undefined : "replace"); props("state", { data: state });
     await loadOverview();
     for (const f of subscribers) { try { f(state, { run: true }); } catch (e) { console.error(e); problem(String(e.message || e)); } }
     say(`${info.title || "run"} is open`);

@@ -192,7 +192,7 @@ def test_maps_of_heads() -> None:
     assert places["index"] == list(range(32)) and len(places["x"]) == 32
     index, table = embedding.features(found, "text")
     centred = table - table.mean(0)
-    _, s, vt = np.linalg.svd(centred, full_matrices=False)
+    *_, vt = np.linalg.svd(centred, full_matrices=False)
     assert np.abs(np.corrcoef(places["x"], centred @ vt[0])[0, 1]) == pytest.approx(1, abs=1e-3)
     with pytest.raises(PageError, match="method must be one of"):
         embedding.embed(found, "text", "nonsense")

@@ -188,11 +188,15 @@ def bomb(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     ("data", "words", "status"),
     [
-        (b"just text, no picture", "must be a picture", 400), (b"", "must be a picture", 400), (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "must be a picture", 400),
-        (bomb(10_000, 10_000), "at most 24 million pixels, got 10000 x 10000", 413), (bomb(2**31 - 1, 2**31 - 1), "at most 24 million pixels|must be a picture", None),
-        (picture()[:200], "must be a picture", 400), (bomb(64, 64), "must be a picture", 400),
+        (b"just text, no picture", "must be a picture", 400),
+        (b"", "must be a picture", 400),
+        (b"<svg/>", "must be a picture", 400),
+        (bomb(10_000, 10_000), "pixels, got 10000 x 10000", 413),
+        (bomb(2**31 - 1, 2**31 - 1), "24 million|must be a picture", None),
+        (picture()[:200], "must be a picture", 400),
+        (bomb(64, 64), "must be a picture", 400),
     ],
-)  # fmt: skip
+)
 def test_bad_pictures(data: bytes, words: str, status: int | None, client: Client) -> None:
     with pytest.raises(PageError, match=words) as refused:
         read_image(data)

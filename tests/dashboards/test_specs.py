@@ -55,10 +55,16 @@ def test_what_a_form_holds_becomes_the_method() -> None:
 @pytest.mark.parametrize(
     ("kind", "value", "words"),
     [
-        ("number", "many", "must be a number"), ("integer", 1.5, "whole number"), ("flag", "yes", "true or false"), ("choice", "c", "one of"),
-        ("numbers", "1,x", "numbers such as"), ("json", "{", "must be JSON"), ("text", 7, "must be a text"), ("heads", 7, "must be a text"),
+        ("number", "many", "must be a number"),
+        ("integer", 1.5, "whole number"),
+        ("flag", "yes", "true or false"),
+        ("choice", "c", "one of"),
+        ("numbers", "1,x", "numbers such as"),
+        ("json", "{", "must be JSON"),
+        ("text", 7, "must be a text"),
+        ("heads", 7, "must be a text"),
     ],
-)  # fmt: skip
+)
 def test_values_of_another_kind_are_refused(kind: str, value: object, words: str) -> None:
     with pytest.raises(PageError, match=words):
         read(Field("x", kind, None, True, ("a", "b"), ""), value)
