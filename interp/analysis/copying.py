@@ -75,8 +75,8 @@ class Copying(HeadScore):
         ids = inputs["input_ids"][0, start:stop]
         wanted = (table[ids] - table.mean(0)).cpu()
         found: list[Floats] = []
-        for layer in data["layer"].values:
-            site = next(s for s in sites if s.layer == layer)
+        for site in sites:
+            layer = site.layer
             u = directions.of(rows, wanted, site.layer)
             z = torch.from_numpy(data["z"].sel(layer=layer).values[0, : site.n_heads, :, : site.v_head_dim])
             raised = torch.einsum("hrv,hvd,rnd->hrn", z, output_weight(model, site), u).clamp(min=0).numpy()
@@ -84,7 +84,7 @@ class Copying(HeadScore):
             found.append(np.stack([self._ratio(raised, a, shift) for shift in (0, 1)]))
         both = xr.DataArray(
             np.stack(found, 1), dims=("sample", "layer", "head"),
-            coords={"layer": data["layer"].values, "head": data["head"].values},
+            coords={"layer": [site.layer for site in sites], "head": data["head"].values},
         )  # fmt: skip
         value, null = (on_grid(both.isel(sample=[n]), model, "text") for n in (0, 1))
         return value, null

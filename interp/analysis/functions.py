@@ -61,6 +61,10 @@ _TABLE: dict[str, tuple[str, str, str, str, str]] = {
         "attention_influence", "Hua et al. 2025, https://arxiv.org/abs/2505.07293", "relative change of loss",
         "as many random heads", _TEXT,
     ),
+    "head_detector": (
+        "head_detector", "Nanda & Bloom 2022, https://github.com/TransformerLensOrg/TransformerLens", "likeness",
+        "the scores of the same names", "a language model",
+    ),
     "composition": (
         "circuits", "Elhage et al. 2021, https://transformer-circuits.pub/2021/framework", "ratio of Frobenius norms",
         "normal random matrices (null)", "known projections",

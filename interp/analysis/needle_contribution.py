@@ -99,8 +99,8 @@ def contributions(
     table = directions.unembedding
     wanted = (table[torch.tensor(tokens, device=table.device)] - table.float().mean(0).to(table.dtype)).float()[:, None]
     parts: list[xr.DataArray] = []
-    for layer in outputs["layer"].values:
-        site = next(s for s in sites if s.layer == layer)
+    for site in sites:
+        layer = site.layer
         u = directions.of(rows, wanted, site.layer)[:, 0]
         by_head = torch.einsum("hvd,rd->hrv", output_weight(model, site), u)
         heads = [int(h) for h in outputs["head"].values if h < site.n_heads]

@@ -91,6 +91,11 @@ def head_weights(model: Model, site: Site, *, fold_norm: bool = True) -> HeadWei
     for name, weight in flat.items():
         folded = weight if norm is None else _folded(norm, weight)
         count, dim = sizes[name]
+        if folded.shape[1] != count * dim:
+            raise AnalysisError(
+                f"the {name} projection of {site.name} ({type(attention).__name__}) must give {count} heads of {dim}, got {folded.shape[1]}"
+                " numbers: it holds a gate or something else beside"
+            )
         split = folded.reshape(width, count, dim).transpose(0, 1)
         heads[name] = split.repeat_interleave(site.n_heads // count, 0)
     return HeadWeights(heads["q"], heads["k"], heads["v"], W_O)
