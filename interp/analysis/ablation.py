@@ -32,6 +32,8 @@ from interp.models.model import Model
 
 BATCH_BYTES = 2**30
 """Of the read-out logits of one batch, in fp32."""
+BATCH_TOKENS = 2**16
+"""Of one batch, all rows together: an MLP's activations of an 8B model then take 6 GB in bf16."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class Ablation(HeadScore):
         effect: ``"total"`` or ``"direct"``.
         positions: read-out positions of a text, see :func:`~interp.analysis.targets.target_of`.
         heads: what :func:`interp.heads.as_heads` takes; None is all of the stack. The others are NaN.
-        rows: heads of one batch at most; 0 is as many as a layer has, fewer where their logits would take over 1 GiB.
+        rows: heads of one batch at most; 0 is as many as a layer has, fewer where their logits would take over 1 GiB, or their
+            tokens be over 65536.
         seed: of the draw of donors.
 
     Probe: ``Passages(n=8, length=64)`` for text; contrast pairs, image prompts, or any iterable of inputs (of a classifier with
@@ -191,15 +194,15 @@ def ablated(
     value, null = (np.full((1, n_layers, n_heads), np.nan) for _ in range(2))
     clean = replay.logits()[0]
     target = target.resolved(clean)
-    limit = rows or max(1, BATCH_BYTES // (4 * clean.numel()) - 1)
+    length = _length(replay, replay.sites[0].layer, 1)
+    limit = rows or max(1, min(BATCH_BYTES // (4 * clean.numel()), BATCH_TOKENS // length) - 1)
     wanted = None if heads is None else heads.by_layer(stack)
     found: list[tuple[int, list[int], Tensor]] = []
     for site in replay.sites:
         mine = list(range(site.n_heads)) if wanted is None else wanted.get(site.layer, [])
         values = None
         if donor is not None and mine:
-            length = max(donor[site.layer].shape[1], 0)
-            values = fitted({0: donor[site.layer]}, _length(replay, site.layer, length), seed)[0]
+            values = fitted({0: donor[site.layer]}, _length(replay, site.layer, donor[site.layer].shape[1]), seed)[0]
         branch = Branch(replay, site) if effect == "direct" and mine else None
         for start in range(0, len(mine), limit):
             part = mine[start : start + limit]

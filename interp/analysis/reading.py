@@ -27,7 +27,9 @@ def forward_options(model: Model, inputs: Mapping[str, Any], positions: Sequence
 
 
 def logits_of(model: Model, output: Any, positions: Sequence[int] | None) -> Tensor:
-    """Logits ``[batch, position, class]``, fp32 at least, of what a forward with :func:`forward_options` gave; a classifier has one position.
+    """Logits ``[batch, position, class]``, fp32 at least, of what a forward with :func:`forward_options` gave.
+
+    A classifier has one position.
 
     Raises:
         AnalysisError: the model gives none.

@@ -152,6 +152,7 @@ def test_uniform_is_the_mean_of_the_visible_values() -> None:
             assert float(result["value"].sel(layer=site.layer, head=head)) == pytest.approx(wanted, abs=FLOOR)
 
 
+@pytest.mark.slow
 def test_sliding_windows_and_packed_towers_replay_too() -> None:
     """Every stack of every family: the copies of a sample are the sample, and one changed row is that of a run alone."""
     for family in families():
