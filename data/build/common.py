@@ -24,15 +24,17 @@ MODELS = ROOT / "data" / "models"
 
 def parser(description: str, out: str) -> argparse.ArgumentParser:
     """The options that all build scripts have."""
-    options = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     options.add_argument("--seed", type=int, default=0, help="of weights and data")
     options.add_argument("--out", type=Path, default=MODELS / out, help="folder of the finished model")
     options.add_argument("--steps", type=int, default=None, help="optimizer steps; what a model card names")
-    options.add_argument("--minutes", type=float, default=None, help="choose the steps so that training takes this long")
+    options.add_argument(
+        "--minutes", type=float, default=None, help="choose the steps so that training takes this long"
+    )
     options.add_argument("--batch", type=int, default=None, help="pictures in a step")
-    options.add_argument("--workers", type=int, default=min(12, max(1, (os.cpu_count() or 2) - 2)), help="processes that make data")
+    options.add_argument(
+        "--workers", type=int, default=min(12, max(1, (os.cpu_count() or 2) - 2)), help="processes that make data"
+    )
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options.add_argument("--no-compile", action="store_true", help="do not compile the model (compiled on CUDA only)")
     options.add_argument("--archive", type=Path, default=None, help="also write the folder as one tar file")
@@ -170,5 +172,9 @@ def command(script: str, options: argparse.Namespace, steps: int | None) -> str:
     """The command that makes this model again."""
     parts = [f"python data/build/{script} --seed {options.seed} --steps {steps}"]
     names = ("batch", "planted", "strength", "text_steps")
-    parts += [f"--{name.replace('_', '-')} {value}" for name in names if (value := getattr(options, name, None))]
+    parts += [
+        f"--{name.replace('_', '-')} {value}"
+        for name in names
+        if (value := getattr(options, name, None)) not in (None, "", 1.0)
+    ]
     return " ".join(parts)

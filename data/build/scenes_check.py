@@ -49,7 +49,7 @@ def evaluate(learner: Any, device: str, n: int, *, captions: bool = True) -> dic
             "accuracy_well_seen": interval(right[(seen > 0.5) | ~present]),
         }  # fmt: skip
         if captions:
-            found[split]["captions"] = chair(learner, scenes[:400], device)
+            found[split]["captions"] = chair(learner, scenes[:160], device)
     found["sinks"] = sinks(learner, World("test").scenes(32), device)
     return found
 
@@ -90,9 +90,7 @@ def chair(learner: Any, scenes: list[Scene], device: str, most: int = 150) -> di
     texts = [tokenizer.decode([t for t in row[start:] if t != EOS]) for row in ids.tolist()]
     mentions = [[SINGULAR[w] for w in WORDS.findall(text)] for text in texts]
     wrong = [[m not in s.names for m in said] for said, s in zip(mentions, scenes, strict=True)]
-    partner = [
-        [pair.partner in said for pair in s.absent_partners] for said, s in zip(mentions, scenes, strict=True)
-    ]
+    partner = [[pair.partner in said for pair in s.absent_partners] for said, s in zip(mentions, scenes, strict=True)]
     total = sum(map(len, mentions))
     return {
         "n": len(scenes), "chair_s": interval([any(w) for w in wrong]),

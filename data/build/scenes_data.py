@@ -115,7 +115,11 @@ def patches(scenes: list[Scene], grid: int) -> np.ndarray[Any, Any]:
 def stream(data: IterableDataset[Any], workers: int, device: str) -> Iterator[dict[str, torch.Tensor]]:
     """Batches on the device, made ahead by worker processes (0: in this one)."""
     loader = DataLoader(
-        data, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None, pin_memory=device.startswith("cuda")
+        data,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        pin_memory=device.startswith("cuda"),
     )
     for batch in loader:
         yield {key: value.to(device, non_blocking=True) for key, value in batch.items()}

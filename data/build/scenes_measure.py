@@ -15,17 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import common  # noqa: F401  (puts the repository on the path)
+import common
 import numpy as np
 import torch
 
-from probes.captions import measure
 from probes.chair import Chair
 from probes.intervals import mean_interval
 from probes.mentions import WordMatcher
 from probes.pope import Pope
 from probes.pope_judge import average_splits, judge_pope
-from probes.scenes import DESCRIBE, PAIRS, World, draw, prompt, surface_forms
+from probes.scenes import DESCRIBE, PAIRS, World, draw, picture, prompt, surface_forms
 from probes.scenes.world import Scene
 
 CLARITIES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25)
@@ -101,7 +100,9 @@ def surface(speaker: Speaker, n: int) -> dict[str, Any]:
                 scenes += [world.with_pair(pair, k, partner=kind == "present", **how) for k in range(n)]
                 pairs += [pair] * n
             texts = speaker.captions(scenes)
-            named = np.array([re.search(rf"\b{p.partner}s?\b", t) is not None for p, t in zip(pairs, texts, strict=True)])
+            named = np.array(
+                [re.search(rf"\b{p.partner}s?\b", t) is not None for p, t in zip(pairs, texts, strict=True)]
+            )
             margin = speaker.margins(scenes, [f"Is there a {p.partner} in the image?" for p in pairs])
             found["n_scenes"] += len(scenes)
             for prior in sorted({p.prior for p in PAIRS}):
@@ -168,6 +169,58 @@ def pope(speaker: Speaker, n_images: int) -> dict[str, Any]:
     return found
 
 
+def sinks(speaker: Speaker, n: int) -> dict[str, Any]:
+    """First-token sinks by Gu et al.'s metric, what stands out in the hidden states, and whether VAR can act.
+
+    A head is a sink head where the first token gets more than 0.3 of its weight, on average over the prompt's rows.
+    """
+    import interp
+    from interp.interventions import VAR
+    from interp.tracing.visual_sinks import calibrate_sinks
+
+    scenes = World("test").scenes(n)
+    width = speaker.network.config.text_config.hidden_size
+    scaled = 20 * (width / 4096) ** 0.5
+    inputs = [speaker.model.encode(DESCRIBE[0], image=picture(s)) for s in scenes]
+    rates, shares = [], []
+    for given in inputs:
+        with interp.hooked(speaker.model, capture=interp.Capture(attention=True)) as run:
+            speaker.model.module(**given)
+        maps = run.trace["text"].attention.values[0]
+        first = maps[:, :, 1:, 0].mean(-1)
+        rates.append((first > 0.3).mean())
+        shares.append(first.mean())
+    found: dict[str, Any] = {
+        "n": n, "first_token_sink_heads": list(mean_interval(np.array(rates)))[:3],
+        "first_token_weight": list(mean_interval(np.array(shares)))[:3], "tau_scaled_to_width": round(scaled, 3),
+    }  # fmt: skip
+    try:
+        found["sink_dimensions"] = str(calibrate_sinks(speaker.model, inputs, tau=scaled))
+    except ValueError as error:
+        found["sink_dimensions"] = f"none: {error}"
+    try:
+        with interp.hooked(speaker.model, interventions=[VAR(tau_unit="width")]):
+            speaker.model.generate(inputs[0], max_new_tokens=2, do_sample=False)
+        found["var"] = "acts"
+    except ValueError as error:
+        found["var"] = f"cannot act: {error}"
+    say(f"sinks: {found}")
+    return found
+
+
+def blind(speaker: Speaker, n: int) -> dict[str, Any]:
+    """A planted model with its named heads masked must not know its image: the largest change of any logit."""
+    from interp.tracing.leaks import leak
+
+    scenes = World("test").scenes(n)
+    return {
+        "n": n,
+        "largest_logit_change": max(
+            leak(speaker.model, speaker.model.encode(DESCRIBE[0], image=picture(s))) for s in scenes
+        ),
+    }
+
+
 def _plain(value: Any) -> Any:
     """An estimate as ``[value, low, high, n]``."""
     if hasattr(value, "value"):
@@ -185,21 +238,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--batch", type=int, default=500)
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options.add_argument("--out", type=Path, default=None, help="default: measured.json in the model's folder")
+    options.add_argument("--only", nargs="*", default=(), help="parts: sinks pope chair surface blind")
     chosen = options.parse_args(arguments)
     speaker = Speaker(chosen.model, chosen.device, chosen.batch)
-    found: dict[str, Any] = {"machine": common.machine(chosen.device)}
-    for name, run in (
-        ("pope", partial(pope, speaker, chosen.pope)),
-        ("chair", partial(chair, speaker, chosen.chair)),
-        ("surface", partial(surface, speaker, chosen.n)),
-    ):
+    target = chosen.out or chosen.model / "measured.json"
+    found: dict[str, Any] = json.loads(target.read_text()) if target.is_file() else {}
+    parts = {
+        "sinks": partial(sinks, speaker, 20),
+        "pope": partial(pope, speaker, chosen.pope),
+        "chair": partial(chair, speaker, chosen.chair),
+        "surface": partial(surface, speaker, chosen.n),
+    }
+    if speaker.model.base_edit is not None:
+        parts["blind"] = partial(blind, speaker, 5)
+    for name, run in parts.items():
+        if chosen.only and name not in chosen.only:
+            continue
         begun = time.perf_counter()
         found[name] = run()
-        say(f"{name}: {time.perf_counter() - begun:.1f} s")
-    words = [measure(text).words for text in found["chair"]["test"]["examples"] if hasattr(measure(text), "words")]
-    found["example_words"] = words
-    target = chosen.out or chosen.model / "measured.json"
-    target.write_text(json.dumps(found, indent=1) + "\n")
+        seconds = round(time.perf_counter() - begun, 1)
+        found[name] |= {"seconds": seconds, "machine": common.machine(chosen.device)}
+        say(f"{name}: {seconds} s")
+        target.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = common.parser(__doc__ or "", "scenes-vit").parse_args(arguments)
     if options.smoke:
         options.steps, options.batch, options.workers = options.steps or 60, options.batch or 16, 0
-    batch = options.batch or 256
+    batch = options.batch = options.batch or 256
     torch.manual_seed(options.seed)
     device = options.device
     learner = Learner(config(smoke=options.smoke)).to(device)

@@ -84,19 +84,35 @@ class BaseEdit:
         return f"of stack {self.stack!r}, only {self.heads or 'no head'} sees {what}"
 
 
-def read(file: Path) -> BaseEdit | None:
-    """The base edit of a ``headscope.json``; None where the file has none.
+def chat_by_default(file: Path) -> bool:
+    """Does a ``headscope.json`` say that its model knows conversations only (``{"chat": true}``)?
 
     Raises:
-        LoadError: not JSON, an unknown field or kind, heads that cannot be read.
+        LoadError: not JSON, or another value than true and false.
     """
+    given = _held(file).get("chat", False)
+    if not isinstance(given, bool):
+        raise LoadError(f"chat in {file} must be true or false, got {given!r}")
+    return given
+
+
+def _held(file: Path) -> dict[str, Any]:
     try:
         held = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise LoadError(f"{file} must be readable JSON, it is damaged: {error}") from error
     if not isinstance(held, dict):
         raise LoadError(f"{file} must hold an object, got {type(held).__name__}")
-    given = held.get("base_edit")
+    return held
+
+
+def read(file: Path) -> BaseEdit | None:
+    """The base edit of a ``headscope.json``; None where the file has none.
+
+    Raises:
+        LoadError: not JSON, an unknown field or kind, heads that cannot be read.
+    """
+    given = _held(file).get("base_edit")
     if given is None:
         return None
     known = {"kind", "stack", "heads", "sink", "window"}

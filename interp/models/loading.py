@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from interp.models.base_edit import FILE, attach, read
+from interp.models.base_edit import FILE, attach, chat_by_default, read
 from interp.models.cache import manifest
 from interp.models.classes import model_class
 from interp.models.errors import LoadError
@@ -40,7 +40,8 @@ def load(
 ) -> Model:
     """Load a model, in eval mode.
 
-    A ``headscope.json`` beside the weights plants a permanent base edit (see :mod:`interp.models.base_edit`).
+    A ``headscope.json`` beside the weights plants a permanent base edit (see :mod:`interp.models.base_edit`), or says with
+    ``"chat": true`` that texts are user turns unless told otherwise.
 
     Args:
         source: one of
@@ -78,6 +79,7 @@ def load(
     place, known_revision = _place(name, isinstance(source, os.PathLike), options.pop("gguf_file", None), hub)
     planted = _beside(place, FILE, hub)
     edit = read(planted) if planted is not None else None
+    chat = planted is not None and chat_by_default(planted)
     try:
         module = _weights(place, wanted, device, hub, options)
     except (MemoryError, torch.OutOfMemoryError, LoadError):
@@ -90,7 +92,9 @@ def load(
     if processor is None:
         processor, problem = _processor(place, hub)
     found = known_revision or _commit(place, hub)
-    return Model(module, processor=processor, tokenizer=tokenizer, name=name, revision=found, processor_problem=problem)
+    return Model(
+        module, processor=processor, tokenizer=tokenizer, name=name, revision=found, processor_problem=problem, chat=chat
+    )
 
 
 def _loaded(source: Any, processor: Any, tokenizer: Any, dtype: Any, device: Any) -> Model:
@@ -101,7 +105,8 @@ def _loaded(source: Any, processor: Any, tokenizer: Any, dtype: Any, device: Any
         tokenizer = tokenizer if tokenizer is not None else getattr(source, "tokenizer", None)
     name = source.name if isinstance(source, Model) else getattr(unwrap(source).config, "_name_or_path", "") or None
     commit = source.revision if isinstance(source, Model) else None
-    model = Model(source, processor=processor, tokenizer=tokenizer, name=name, revision=commit)
+    chat = isinstance(source, Model) and source.chat
+    model = Model(source, processor=processor, tokenizer=tokenizer, name=name, revision=commit, chat=chat)
     if device is not None or dtype not in (None, "auto"):
         moves = {"device": device, "dtype": dtype if dtype != "auto" else None}
         model.wrapped.to(**{key: value for key, value in moves.items() if value is not None})

@@ -29,6 +29,7 @@ class Model:
         processor: the processor of a model that takes images or audio, or None.
         name: where it came from: bundled or package name, folder, hub id, or class name of an object.
         revision: commit of the hub, or ``sha256:...`` of a converted file, or None.
+        chat: texts are user turns unless :meth:`encode` is told otherwise; for models that know conversations only.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Model:
         name: str | None = None,
         revision: str | None = None,
         processor_problem: str | None = None,
+        chat: bool = False,
     ) -> None:
         """Wrap a loaded model.
 
@@ -50,6 +52,7 @@ class Model:
             name: shown and stored with traces.
             revision: likewise.
             processor_problem: why no processor could be loaded, told when one is needed.
+            chat: default of :meth:`encode`.
         """
         self.module: PreTrainedModel = unwrap(model)
         self.wrapped: Any = _callable(model)
@@ -58,6 +61,7 @@ class Model:
         self.name = name or type(self.module).__name__
         self.revision = revision
         self.processor_problem = processor_problem
+        self.chat = chat
 
     @property
     def config(self) -> Any:
@@ -89,7 +93,7 @@ class Model:
         return bool(self.module.can_generate())
 
     def encode(
-        self, text: str | list[str] | None = None, image: Any = None, *, chat: bool = False, system: str | None = None
+        self, text: str | list[str] | None = None, image: Any = None, *, chat: bool | None = None, system: str | None = None
     ) -> Any:
         """Inputs for this model, on its device.
 
@@ -99,7 +103,8 @@ class Model:
                 (several images of the one sample; without text, a batch). With a list of texts, a list of one entry a
                 text: an image, a list of images, or None. Where ``text`` has no image placeholder, as many as there
                 are images are put before it.
-            chat: put the text in the model's chat template as a user turn, up to where the answer starts.
+            chat: put the text in the model's chat template as a user turn, up to where the answer starts. None is
+                :attr:`chat`, False for all but models whose folder says that they know conversations only.
             system: a system message (only with ``chat``).
 
         Returns:
@@ -109,7 +114,7 @@ class Model:
         Raises:
             ModelInputError: what was given does not fit the model, names the argument.
         """
-        return encode(self, text, image, chat=chat, system=system)
+        return encode(self, text, image, chat=(self.chat and text is not None) if chat is None else chat, system=system)
 
     def generate(self, inputs: Mapping[str, Any], **options: Any) -> Any:
         """Run transformers' ``generate``: ids ``[batch, position]``, with the prompt in front for a decoder.

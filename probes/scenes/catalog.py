@@ -111,6 +111,8 @@ NAMES: tuple[str, ...] = tuple(PICTOGRAMS)
 INDEX: dict[str, int] = {name: number for number, name in enumerate(NAMES)}
 BY_SETTING: dict[str, Setting] = {setting.name: setting for setting in SETTINGS}
 PAIRS: tuple[Pair, ...] = tuple(pair for setting in SETTINGS for pair in setting.pairs)
+AT_HOME: dict[str, frozenset[str]] = {setting.name: frozenset(setting.objects) for setting in SETTINGS}
+"""The eight typical objects of every setting."""
 BY_TRIGGER: dict[str, Pair] = {pair.trigger: pair for pair in PAIRS}
 BY_PARTNER: dict[str, Pair] = {pair.partner: pair for pair in PAIRS}
 

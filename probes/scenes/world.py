@@ -11,7 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from probes.samples import ProbeError
-from probes.scenes.catalog import ANYWHERE, BY_PARTNER, BY_SETTING, BY_TRIGGER, MATS, NAMES, PLACES, SETTINGS, Pair
+from probes.scenes.catalog import (
+    ANYWHERE,
+    AT_HOME,
+    BY_PARTNER,
+    BY_SETTING,
+    BY_TRIGGER,
+    MATS,
+    NAMES,
+    PLACES,
+    SETTINGS,
+    Pair,
+)
 
 SIZE = 112
 """Pixels of a scene's edge."""
@@ -272,7 +283,7 @@ class World:
             return self._pairs[pair.trigger]
         if name in ANYWHERE:
             return ANY
-        if name not in BY_SETTING[setting].objects:
+        if name not in AT_HOME[setting]:
             return STRANGE
         return ALONE if pair is not None else TYPICAL
 
