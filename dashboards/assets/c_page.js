@@ -227,14 +227,32 @@
   }
 
   /* Selection and heads. */
-  function parse(text) { return (text || "").split(",").map((t) => /^(?:(\w+)\.)?L(\d+)H(\d+)$/.exec(t.trim())).filter(Boolean).map((m) => ({ stack: m[1] || "text", layer: +m[2], head: +m[3] })); }
+  function parse(text) {
+    const out = [];
+    for (const t of (text || "").split(",")) {
+      const m = /^(?:([A-Za-z_]\w*)\.)?L(\d+)H(\d+)(?:-(\d+))?$/.exec(t.trim()); if (!m) continue;
+      for (let h = +m[3]; h <= Math.min(+(m[4] || m[3]), +m[3] + 4096); h++) out.push({ stack: m[1] || "text", layer: +m[2], head: h });
+    }
+    return out;
+  }
+  const list = () => parse(state.sel).map((h) => R.headName(h.stack, h.layer, h.head));
+  /* A large selection as ranges (L0H0-63): all heads of a large model are a few hundred characters. */
+  function pack(names) {
+    if (names.length <= 64) return names.join(",");
+    const rows = new Map(), out = [];
+    for (const h of parse(names.join(","))) { const key = R.headName(h.stack, h.layer, ""); if (!rows.has(key)) rows.set(key, new Set()); rows.get(key).add(h.head); }
+    for (const [key, set] of rows) {
+      const heads = [...set].sort((a, b) => a - b);
+      for (let i = 0; i < heads.length; ) { let j = i; while (heads[j + 1] === heads[j] + 1) j++; out.push(`${key}${heads[i]}${j > i ? "-" + heads[j] : ""}`); i = j + 1; }
+    }
+    return out.join(",");
+  }
   function selected(stack) { const o = page.overview; const out = new Set(); if (o) for (const h of parse(state.sel)) if (h.stack === stack) out.add(h.layer * o.heads + h.head); return out; }
   function select(indices, add) {
     const o = page.overview, names = indices.map((i) => R.headName(o.stack, Math.floor(i / o.heads), i % o.heads));
-    const old = add ? state.sel.split(",").filter(Boolean) : [];
-    set({ sel: [...new Set([...old, ...names])].join(",") });
+    set({ sel: pack([...new Set([...(add ? list() : []), ...names])]) });
   }
-  function toggle(name) { const list = state.sel.split(",").filter(Boolean), at = list.indexOf(name); if (at >= 0) list.splice(at, 1); else list.push(name); set({ sel: list.join(",") }); }
+  function toggle(name) { const all = list(), at = all.indexOf(name); if (at >= 0) all.splice(at, 1); else all.push(name); set({ sel: pack(all) }); }
   function current() { return R.headName(state.stack, state.layer, state.head); }
   function exists(layer, head) { const o = page.overview; return Boolean(o && layer >= 0 && head >= 0 && layer < o.layers && head < o.heads && o.exists[layer * o.heads + head] === 1); }
   function move(dl, dh) {
@@ -304,5 +322,5 @@
       else { if (!state.prompt) { const box = document.getElementById("c-prompt"); if (box && box.value) set({ prompt: box.value }, "replace"); } say("pick a model, write a prompt, and trace it"); }
     }
   }
-  window.hs = { get state() { return state; }, page, set, subscribe, control, ask, getJson, getFloats, post, problem, solved, say, guard, openRun, trace, watch, jobs, jobListeners, parse, selected, select, toggle, current, exists, move, KEYS, VIEWS, download, link, addImage, boot, props, wish, loadOverview, refreshPickers, DEFAULTS };
+  window.hs = { get state() { return state; }, page, set, subscribe, control, ask, getJson, getFloats, post, problem, solved, say, guard, openRun, trace, watch, jobs, jobListeners, parse, list, pack, selected, select, toggle, current, exists, move, KEYS, VIEWS, download, link, addImage, boot, props, wish, loadOverview, refreshPickers, DEFAULTS };
 })();

@@ -116,7 +116,7 @@
   hs.tablePicked = (rows) => {
     const names = (rows || []).map((r) => r.id), o = page.overview; if (!o) return;
     const others = hs.parse(hs.state.sel).map((h) => headName(h.stack, h.layer, h.head)).filter((n) => !names.includes(n) && !(hs.state.stack === "text" ? !n.includes(".") : n.startsWith(hs.state.stack + ".")));
-    if (rows && rows.length) hs.set({ sel: [...others, ...names].join(",") });
+    if (rows && rows.length) hs.set({ sel: hs.pack([...others, ...names]) });
   };
   hs.tableOpened = (cell) => { const h = cell && hs.parse(cell.rowId || "")[0]; if (h) hs.set({ layer: h.layer, head: h.head }); };
 
@@ -124,7 +124,7 @@
   function panel() {
     const s = hs.state, host = $("chosen"); if (!host) return;
     const name = hs.current(), o = page.overview, group = o && o.kv_group > 1 ? `KV group ${Math.floor(s.head / o.kv_group)}` : "";
-    const list = s.sel.split(",").filter(Boolean);
+    const list = hs.list();
     const chip = (n) => el("span", { class: "hs-chip" }, el("button", { type: "button", text: n, title: "open", onclick: () => { const h = hs.parse(n)[0]; hs.set({ stack: h.stack, layer: h.layer, head: h.head }); } }), el("button", { type: "button", "aria-label": `remove ${n}`, text: "×", onclick: () => hs.toggle(n) }));
     const button = (text, label, f) => el("button", { type: "button", class: "hs-button", "aria-label": label, title: label, text, onclick: f });
     const find = el("input", { id: "find", type: "search", placeholder: "L3H1", "aria-label": "go to a head", onkeydown: (e) => { if (e.key !== "Enter") return; const h = hs.parse(e.target.value.trim().replace(/l(\d+)h(\d+)$/i, "L$1H$2"))[0]; if (h && (h.stack !== s.stack || hs.exists(h.layer, h.head))) { hs.set({ stack: h.stack, layer: h.layer, head: h.head }); e.target.blur(); } else hs.problem(`no head ${e.target.value} here: write L3H1, or vision.L3H1`, "find"); } });
@@ -167,6 +167,13 @@
   function query(s, hide) { return `norm=${s.norm ? 1 : 0}&hide=${hide}`; }
   async function source(run, tokens, h, s, top) {
     const base = `run/${run}`, where = `${h.stack}/${h.layer}/${h.head}`;
+    const picture = async (path) => {
+      const answer = await hs.ask(path), [x0, x1, y0, y1] = answer.headers.get("X-Tile").split(",").map(Number);
+      return { image: await createImageBitmap(await answer.blob()), x0, x1, y0, y1 };
+    };
+    /* The whole map is asked for beside its description, not after it. */
+    let early = !s.hide && !top && parts.map && parts.map.root.clientWidth ? picture(`${base}/tile/${where}.png?w=${parts.map.pixels()}&gamma=${s.gamma}&norm=${s.norm ? 1 : 0}&top=${s.norm ? 1 : ""}`) : null;
+    if (early) early.catch(() => {});
     let meta = await hs.getJson(`${base}/map/${where}?norm=${s.norm ? 1 : 0}`);
     const hide = s.hide ? meta.sinks.join(",") : "";
     if (hide) meta = { ...(await hs.getJson(`${base}/map/${where}?${query(s, hide)}`)), sinks: meta.sinks };
@@ -179,9 +186,9 @@
       unit: (meta.pooled ? "mean weight per block" : s.norm ? "share of the row's largest" : "attention weight") + ", largest of each pixel" + (s.gamma !== 1 ? `, gamma ${s.gamma}` : ""),
       value: (q, k) => { const r = held.get("q", q); if (r) return r[k]; const c = held.get("k", k); return c ? c[q] : undefined; },
       tile: async (v) => {
-        const answer = await hs.ask(`${base}/tile/${where}.png?x0=${v.x0}&x1=${v.x1}&y0=${v.y0}&y1=${v.y1}&w=${v.w}&top=${scale}&gamma=${s.gamma}&${query(s, hide)}`);
-        const [x0, x1, y0, y1] = answer.headers.get("X-Tile").split(",").map(Number);
-        return { image: await createImageBitmap(await answer.blob()), x0, x1, y0, y1 };
+        const whole = v.x0 === 0 && v.y0 === 0 && v.x1 === meta.columns && v.y1 === meta.rows, first = early; early = null;
+        if (first && whole) return first;
+        return picture(`${base}/tile/${where}.png?x0=${v.x0}&x1=${v.x1}&y0=${v.y0}&y1=${v.y1}&w=${v.w}&top=${scale}&gamma=${s.gamma}&${query(s, hide)}`);
       },
     };
   }
