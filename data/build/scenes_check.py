@@ -58,6 +58,7 @@ def _features(learner: Any, scenes: list[Scene], device: str) -> Tensor:
     return learner.features(draw(scenes, device).float() / 127.5 - 1)
 
 
+@torch.no_grad()
 def answers(learner: Any, scenes: list[Scene], names: list[str], device: str, batch: int = 200) -> np.ndarray[Any, Any]:
     """log p(Yes) - log p(No), nats, for "Is there a NAME in the image?"."""
     tokenizer = fast_tokenizer()
@@ -75,6 +76,7 @@ def answers(learner: Any, scenes: list[Scene], names: list[str], device: str, ba
     return torch.cat(margins).cpu().numpy()
 
 
+@torch.no_grad()
 def chair(learner: Any, scenes: list[Scene], device: str, most: int = 150) -> dict[str, Any]:
     """Greedy captions by whole forwards (no cache: the planted attention is for training only)."""
     tokenizer = fast_tokenizer()

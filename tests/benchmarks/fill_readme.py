@@ -14,6 +14,7 @@ from pathlib import Path
 import _readme_benchmarks
 import _readme_families
 import _readme_kernels
+import _readme_models
 import _readme_proof
 import torch
 
@@ -23,6 +24,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "proof": _readme_proof.section,
     "benchmarks": _readme_benchmarks.section,
     "kernels": _readme_kernels.section,
+    "models": _readme_models.section,
 }
 
 
