@@ -176,6 +176,7 @@ def _model(options: Namespace) -> Any:
     if options.smoke and not options.vit.is_dir():
         return LlavaForConditionalGeneration(config(vit_config(smoke=True), smoke=True))
     tower = ViTForImageClassification.from_pretrained(options.vit, dtype=torch.float32)
+    tower.config._name_or_path = ""  # A folder of this machine.
     model = LlavaForConditionalGeneration(config(tower.config, smoke=options.smoke))
     # LLaVA's tower has a pooler that the classifier lacks; LLaVA does not use it.
     model.model.vision_tower.load_state_dict(tower.vit.state_dict(), strict=False)
