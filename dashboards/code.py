@@ -35,7 +35,8 @@ def _open(workspace: Workspace, run: Run) -> list[str]:
     if "trace" in run.spec:
         return ["import interp", "", f"trace = interp.Trace.open({run.spec['trace']!r})"]
     spec = run.spec
-    image = f", image={str(workspace.state / 'images' / (spec['image'] + '.png'))!r}" if spec.get("image") else ""
+    paths = [str(path) for path in workspace.image_paths(spec["image"])] if spec.get("image") else []
+    image = f", image={(paths if len(paths) > 1 else paths[0])!r}" if paths else ""
     chat = ", chat=True" if spec.get("chat") else ""
     text = repr(spec["prompt"]) if spec.get("prompt") or not image else "None"
     lines = [

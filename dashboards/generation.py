@@ -162,7 +162,7 @@ def _traced(
         raise Cancelled
     run = Run(run_id(identity), kept, session.trace, f"{w._title(kept)}", ids=out[0].tolist(), prompt_length=prompt)  # pyright: ignore[reportPrivateUsage]
     run.answer = model.decode(run.ids[prompt:]) if run.ids else ""
-    run.images = (spec["image"],) if spec.get("image") else ()
+    run.images = w.images_of(spec)
     run.kv_groups = w._kv_groups(model)  # pyright: ignore[reportPrivateUsage]
     workspace.keep_run(run)
     return run

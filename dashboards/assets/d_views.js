@@ -88,10 +88,10 @@
     host.replaceChildren(...nodes);
   }
   async function compute(name) {
-    await hs.guard("score", async () => {
+    await hs.guard(`score ${name}`, async () => {
       const made = await hs.post("score", { run: page.info.id, score: name, stack: hs.state.stack });
       const again = async () => { await hs.loadOverview(); overview(); table(); hs.announceStack(); };
-      hs.watch(made.job, { done: again, failed: (j) => { hs.problem(`${name}: ${j.error}`, "score"); about(metric(hs.state.metric)); }, cancelled: () => about(metric(hs.state.metric)) });
+      hs.watch(made.job, { done: again, failed: (j) => { hs.problem(`${name}: ${j.error}`, `score ${name}`); about(metric(hs.state.metric)); }, cancelled: () => about(metric(hs.state.metric)) });
       setTimeout(() => about(metric(hs.state.metric)), 150);
     });
   }
@@ -311,7 +311,8 @@
     if (any("run", "layer", "head", "norm", "hide", "gamma", "view", "pin", "pinrun", "theme")) head();
     if (any("q", "k", "dir") && s.view === "head") strips();
     if (any("image", "boot", "run")) {
-      const host = $("image-preview"); if (host) host.replaceChildren(...(s.image ? [el("img", { src: `api/image/${s.image}.png`, alt: "picture of the prompt" }), el("button", { type: "button", class: "hs-button", "aria-label": "remove the picture", text: "×", onclick: () => hs.set({ image: "" }, "replace") })] : []));
+      const host = $("image-preview"); const all = s.image.split(",").filter(Boolean);
+      if (host) host.replaceChildren(...all.map((name, n) => el("span", { class: "hs-picture" }, el("img", { src: `api/image/${name}.png`, alt: `picture ${n} of the prompt` }), el("button", { type: "button", class: "hs-button", "aria-label": `remove picture ${n}`, text: "×", onclick: () => hs.set({ image: all.filter((x) => x !== name).join(",") }, "replace") }))));
     }
   });
   hs.announceStack = () => {};
