@@ -107,7 +107,8 @@ def test_decoding_names_all_arguments(kernel: Any, monkeypatch: pytest.MonkeyPat
     from interp.attention.readouts import Readout
     from interp.attention.triton import decoding
 
-    q, k = torch.zeros(1, 2, 1, 16), torch.zeros(1, 1, 40, 16)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, k = torch.zeros(1, 2, 1, 16, device=device), torch.zeros(1, 1, 40, 16, device=device)
     call = decoding.Call(q, k, k, 0.3, Mask(), None, None, None, Edit(), Readout(row_stats=True), True)
     decoding.decode(call)
     assert given and set(given) == {len(kernel.arg_names)}
