@@ -58,7 +58,7 @@ def dissect(workspace: Workspace, job: Job) -> dict[str, Any]:
     the answer (the last row, or the class, where there is none), and the change of the answer's log-probability.
     """
     head = Head.parse(str(job.spec["head"]))
-    run = workspace.run(str(job.spec["run"]))
+    run = workspace.remake(str(job.spec["run"]))
     if "trace" in run.spec:
         raise PageError("a saved trace has no model to change: trace its prompt again")
     data = run.check_head(head.stack, head.layer, head.head)

@@ -132,7 +132,7 @@ def autoencoder(workspace: Workspace, job: Job) -> dict[str, Any]:
     from dashboards.runs import pack
     from interp.analysis.autoencoder import fit_autoencoder
 
-    run, stack = workspace.run(str(job.spec["run"])), str(job.spec["stack"])
+    run, stack = workspace.remake(str(job.spec["run"])), str(job.spec["stack"])
     index, maps = square_maps(run, stack)
     count = min(8, len(index) - 1)
     job.step(0, 1)

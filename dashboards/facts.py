@@ -145,7 +145,7 @@ def examples(workspace: Workspace, run: Run, head: Head, at_most: int = 12) -> l
         with hooked(model, capture=Capture(row_stats=True, heads=[head])) as session, torch.no_grad():
             model(inputs)
         data = session.trace["text"].sel(layer=head.layer, head=head.head).isel(sample=0)
-        tokens = [str(t) for t in data["token"].values]
+        tokens = [str(t) for t in data["token_fed"].values]
         weight, key = data["top_weight"].values, data["top_key"].values
         for q in np.argsort(-weight)[:at_most]:
             if key[q] > 0 and q > 1:

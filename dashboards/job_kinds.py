@@ -64,7 +64,7 @@ def score(workspace: Workspace, job: Job) -> dict[str, Any]:
     probe, run = None, ""
     if (stack != "text" or info.probe.startswith("inputs")) and not info.probe.startswith("none"):
         run = str(job.spec.get("run") or "")
-        probe = [workspace.encode(model, workspace.run(run).spec)]
+        probe = [workspace.encode(model, workspace.remake(run).spec)]
     found = analysis.score(name, model, probe, progress=job.step, **settings)  # type: ignore[arg-type]
     workspace.keep_score(str(job.spec["model"]), name, found, run)
     return {"model": job.spec["model"], "score": name, "stack": str(found.attrs["stack"])}

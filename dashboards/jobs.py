@@ -146,9 +146,10 @@ class JobQueue:
             self.jobs[job.id] = job
             for old in [j for j in self.jobs.values() if j.ended][: max(0, len(self.jobs) - KEPT_JOBS)]:
                 del self.jobs[old.id]
+            # On disk before it can run: what it writes there itself must come later.
+            self.keep(job)
             heapq.heappush(self._waiting, (priority, next(self._order), job))
             self._lock.notify_all()
-        self.keep(job)
         self.emit("job", **job.summary())
         return job
 

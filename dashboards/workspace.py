@@ -247,10 +247,15 @@ class Workspace:
             raise PageError("this run is not known here: trace the prompt again", 404)
         return self.start_run(json.loads(path.read_text(encoding="utf-8")))
 
-    def open_trace(self, run: Run) -> Run:
-        """Keep a run that somebody made elsewhere, such as a test."""
-        self.keep_run(run)
-        return run
+    def remake(self, name: str) -> Run:
+        """A run, traced again where a job of an earlier process asks for it; on the worker."""
+        path = self.state / "runs" / f"{check_id(name, 'run')}.json"
+        try:
+            return self.run(name)
+        except PageError as error:
+            if error.status != 404 or not path.is_file():
+                raise
+        return self.make_run(json.loads(path.read_text(encoding="utf-8")))
 
     def list_runs(self) -> list[dict[str, str]]:
         made = [{"value": run.id, "label": run.title, "model": run.model_name} for run in reversed(self.runs.values())]

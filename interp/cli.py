@@ -374,7 +374,7 @@ def _noise() -> Any:
 
 
 app.command(epilog="Example: headscope dashboard MODEL --root ~/models --port 8050")(dashboard)
-app.command(name="dash", hidden=True)(dashboard)
+app.command("dash", hidden=True, epilog="Example: headscope dash MODEL --port 8050")(dashboard)
 app.command(epilog="Example: headscope export run.zarr --html --heads L3H1,L5H0-3")(export)
 
 

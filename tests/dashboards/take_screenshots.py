@@ -24,10 +24,16 @@ from tests.dashboards.conftest import FLAGS, Server, bundled
 
 OUT = Path(__file__).resolve().parents[2] / "dashboards" / "screenshots"
 WIDTH = 1000
+MASK = [{"name": "MaskHeads", "settings": {"heads": "L5H3,L5H4,L2H1"}}]
 VIEWS: dict[str, dict[str, Any]] = {
-    "overview": {"thumbs": True, "sort": "cluster"}, "head": {"q": 214, "pin": "L3H2"}, "image": {"q": 214, "pin": ""}, "map": {}, "importance": {},
-    "sinks": {}, "workbench": {"wb": json.dumps([{"name": "MaskHeads", "settings": {"heads": "L5H3,L5H4,L2H1"}}])},
-}  # fmt: skip
+    "overview": {"thumbs": True, "sort": "cluster"},
+    "head": {"q": 214, "pin": "L3H2"},
+    "image": {"q": 214, "pin": ""},
+    "map": {},
+    "importance": {},
+    "sinks": {},
+    "workbench": {"wb": json.dumps(MASK)},
+}
 
 
 def main() -> None:

@@ -410,6 +410,31 @@ def test_an_exported_page_opens_without_a_server(server: Server, run: str, page:
     expect(page.locator("tbody tr")).to_have_count(12)
 
 
+def test_the_widgets_module_draws_in_a_page_of_its_own(server: Server, run: str, page: Any) -> None:
+    from dashboards.export import page_data
+    from dashboards.widget import headscope_widget, module_source
+
+    wrong: list[str] = []
+    page.on("pageerror", lambda e: wrong.append(str(e)))
+    page.set_content("<div id=host></div>")
+    data = page_data(None, server.space.run(run), Heads.parse("L1H1"))
+    page.evaluate(
+        """async ([source, data]) => {
+          const module = await import(URL.createObjectURL(new Blob([source], { type: "text/javascript" })));
+          module.default.render({ model: { get: () => data }, el: document.getElementById("host") });
+        }""",
+        [module_source(), json.loads(json.dumps(data))],
+    )
+    expect(page.locator("#host canvas").first).to_be_visible()
+    expect(page.locator("#host tbody tr")).to_have_count(12)
+    assert not wrong
+    try:
+        import anywidget as _  # noqa: F401
+    except ImportError:
+        with pytest.raises(ImportError, match="pip install anywidget"):
+            headscope_widget(server.space.run(run).trace)
+
+
 def test_5120_heads(server: Server, watch: Watch) -> None:
     watched = watch(server)
     path = synthetic_trace(80, 64, grid=16, keys=32, missing=(3,)).save(

@@ -429,6 +429,38 @@ def test_a_head_taken_apart(client: Client, run: str, model: Any) -> None:
     assert "no head L7H0" in client.post("dissect", {"run": run, "head": "L7H0"}, 404)["error"]
 
 
+def test_a_job_of_an_earlier_process_traces_its_run_again(client: Client) -> None:
+    found = client.run(prompt="w70 w71 w72")
+    del client.space.runs[found]
+    job = client.space.queue.submit("dissect", "left over", {"run": found, "head": "L0H0"}, 4, partial={"rows": []})
+    assert client.space.queue.wait(job, 60).state == "done" and found in client.space.runs, job.error
+    lost = client.space.queue.submit("dissect", "lost", {"run": "abcdef12", "head": "L0H0"}, 4)
+    assert "not there any more" in client.space.queue.wait(lost, 60).error
+
+
+def test_archetypes_of_the_autoencoder(client: Client) -> None:
+    pytest.importorskip("sklearn")
+    found = Run("bc" * 8, {}, synthetic_trace(4, 6), "synthetic")
+    client.space.keep_run(found)
+    index, maps = embedding.square_maps(found, "text")
+    assert maps.shape == (24, 32, 32)
+    np.testing.assert_allclose(maps.sum(-1), 1, atol=1e-9)
+    assert client.json(f"run/{found.id}/archetypes/text")["note"].startswith("k-means")
+    job = client.finish("archetypes", {"run": found.id, "stack": "text"})
+    assert job.state == "done", job.error
+    got = client.json(f"run/{found.id}/archetypes/text")
+    assert (
+        got["note"].startswith("autoencoder")
+        and sorted(i for a in got["archetypes"] for i in a["heads"]) == index.tolist()
+    )
+
+
+def test_examples_are_rows_of_other_texts(client: Client) -> None:
+    found = client.run()
+    rows = client.json(f"run/{found}/examples/text/1/1")["examples"]
+    assert all(r["weight"] <= rows[0]["weight"] and 0 <= r["key"] <= r["query"] < len(r["tokens"]) for r in rows)
+
+
 def test_a_probe_with_and_without(client: Client) -> None:
     recall = bundled("recall-lm")
     client.space.sources = (*client.space.sources, recall)
