@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 ONE_IMAGE = ("Blip2Processor", "InstructBlipProcessor")
 """Processors that put exactly one image before each text, however many they are given."""
 
+MOST_PIXELS = 100_000_000
+"""Of an image file, which takes three bytes a pixel once it is open."""
+
 OPTIONAL = inspect.Parameter("optional", inspect.Parameter.KEYWORD_ONLY, default=None)
 
 
@@ -176,7 +179,14 @@ def open_image(image: Any) -> Image:
         raise ModelInputError(f"image must be a path, a PIL image or a uint8 array [H, W, 3], got {got}")
     try:
         with pil.open(Path(image).expanduser()) as opened:
+            if opened.width * opened.height > MOST_PIXELS:
+                raise ModelInputError(
+                    f"image must have at most {MOST_PIXELS:,} pixels, got {os.fspath(image)!r} with {opened.width} x "
+                    f"{opened.height}; make it smaller first"
+                )
             return ImageOps.exif_transpose(opened).convert("RGB")
+    except pil.DecompressionBombError as error:
+        raise ModelInputError(f"image must have at most {MOST_PIXELS:,} pixels, got {os.fspath(image)!r}: {error}") from error
     except OSError as error:
         raise ModelInputError(f"image must be a readable image file, got {os.fspath(image)!r}: {error}") from error
 

@@ -277,3 +277,14 @@ def test_empty_text(tokenizer: Callable[..., Any], llama: Model) -> None:
     bare.backend_tokenizer.post_processor = None
     with pytest.raises(ModelInputError, match="text must give at least one token"):
         load(llama, tokenizer=bare).encode("")
+
+
+@pytest.mark.parametrize("size", [(20_000, 5_001), (20_000, 12_000)])
+def test_a_huge_image_is_refused_before_it_is_read(tmp_path: Path, size: tuple[int, int]) -> None:
+    from PIL import Image
+
+    path = tmp_path / "huge.png"
+    Image.new("1", size).save(path)
+    model = load("scenes-lvlm", device="cpu")
+    with pytest.raises(ModelInputError, match=r"image must have at most 100,000,000 pixels"):
+        model.encode("Describe the picture.", image=path)
