@@ -90,3 +90,23 @@ def _long_prefill(content: dict[str, Any]) -> str:
         f"**{read['peak mib']:.0f} MiB** (plain model {plain['peak mib']:.0f} MiB), {read['share of a one-byte N x N']:.0%} of the "
         f"smallest N x N tensor there could be and {read['share of the maps']:.1%} of the maps (promised: no N x N tensor)."
     )
+
+
+@shows("dashboard")
+def _dashboard(content: dict[str, Any]) -> str:
+    timed = [
+        f"{row['what']} **{row['seconds'] * 1e3:.0f} ms** ({row['promised'] * 1e3:.0f})"
+        for row in content["rows"]
+        if "seconds" in row
+    ]
+    sizes = [
+        f"{row['what']} **{row['bytes'] / 1e3:.0f} kB** ({row['promised_bytes'] / 1e3:.0f})"
+        for row in content["rows"]
+        if "bytes" in row
+    ]
+    heap, server = (by(content, "what")[f"500 head switches, {what}"] for what in ("browser heap", "server memory"))
+    return (
+        f"The dashboard in headless Chromium on two cores, medians (promised): {', '.join([*timed, *sizes])}. Over 500 head switches "
+        f"the browser's heap went from {heap['mb_after_a_fifth']:.1f} to {heap['mb_at_the_end']:.1f} MB, the server's memory from "
+        f"{server['mb_after_a_fifth']:.0f} to {server['mb_at_the_end']:.0f} MB. {content['note']}"
+    )
