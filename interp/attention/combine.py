@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from collections import OrderedDict
+from dataclasses import dataclass, fields, replace
 from functools import reduce
-from weakref import WeakKeyDictionary
+from threading import RLock
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ from interp.attention.edits import (
     Threshold,
 )
 from interp.attention.validation import AttentionArgumentError
-from interp.attention.versions import Seen, unchanged, versions
+from interp.attention.versions import Seen, tensors, unchanged, versions
 
 
 def is_neutral(edit: Edit | None) -> bool:
@@ -96,7 +98,67 @@ def combine(*edits: Edit | None) -> Edit | None:
         AttentionArgumentError: more than 8 groups remain.
     """
     given = [edit for edit in edits if edit is not None and edit.operations]
-    return reduce(_combine_two, given) if given else None
+    if len(given) < 2:
+        return given[0] if given else None
+    if torch.compiler.is_compiling():
+        return reduce(_combine_two, given)
+    return _known(given) or _remember(given, reduce(_combine_two, given))
+
+
+@dataclass(eq=False)
+class _Combined:
+    """What edits are together, and those edits, which it does not keep alive."""
+
+    of: tuple[ref[Edit], ...]
+    versions: Seen
+    edit: Edit
+
+
+KEPT = 32
+"""Combinations remembered. A step of generation makes one of each set of edits, and every layer asks for it."""
+KEPT_BYTES = 4 << 20
+"""Tensors of a combination that is remembered; the kinds of calls (:mod:`~interp.attention.kinds`) keep no more either."""
+
+_combined: OrderedDict[tuple[int | bool, ...], _Combined] = OrderedDict()
+_lock = RLock()
+"""One that may be taken again: an edit may end, and its combinations with it, while they are added."""
+
+
+def _key(edits: list[Edit]) -> tuple[int | bool, ...]:
+    # Tensors made in inference mode are of no use to whoever differentiates later.
+    return (torch.is_inference_mode_enabled(), *map(id, edits))
+
+
+def _known(edits: list[Edit]) -> Edit | None:
+    """One object for the same edits unless a tensor of theirs has changed: calls of one kind know each other by it."""
+    found = _combined.get(_key(edits))
+    if found is None or any(held() is not edit for held, edit in zip(found.of, edits, strict=True)):
+        return None
+    return found.edit if unchanged(found.versions) else None
+
+
+def _remember(edits: list[Edit], together: Edit) -> Edit:
+    seen = versions(*edits)
+    # What has a gradient to pass on would keep it from one backward pass to the next.
+    if (
+        any(x.requires_grad for x, _ in seen)
+        or sum(x.nbytes for x in (*tensors(together), *(x for x, _ in seen))) > KEPT_BYTES
+    ):
+        return together
+    key = _key(edits)
+
+    def ended(_: object) -> None:
+        with _lock:
+            if _combined.get(key) is entry:
+                del _combined[key]
+
+    entry = _Combined(tuple(ref(edit, ended) for edit in edits), seen, together)
+    with _lock:
+        _combined.pop(key, None)
+        _combined[key] = entry
+        while len(_combined) > KEPT:
+            _combined.popitem(last=False)
+    return together
 
 
 def _combine_two(a: Edit, b: Edit) -> Edit:

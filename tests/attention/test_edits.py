@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -29,6 +33,7 @@ from interp.attention import (
     is_neutral,
 )
 
+memory: Any = import_module("interp.attention.combine")
 NOWHERE = torch.zeros(1, 1, 1, dtype=torch.bool)
 HEADS, LENGTH = 4, 12
 
@@ -113,6 +118,85 @@ def test_combining_nothing() -> None:
     gain = Edit((Gain(2.0),))
     assert combine() is None and combine(None, Edit()) is None
     assert combine(None, gain) is gain
+
+
+def test_the_same_edits_combine_to_one_object_until_a_tensor_changes() -> None:
+    beta, gain = torch.full((1, 1, 1, 2), 0.5), torch.ones(1, HEADS, 1)
+    first, second = Edit((Boost(beta),), random_groups(2, 1)), Edit((Gain(gain),), random_groups(2, 2))
+    together = combine(first, second)
+    assert together is not None
+    assert combine(first, None, second) is together
+    assert combine(second, first) is not together
+    beta[..., 1] = 0.25
+    again = combine(first, second)
+    assert again is not None and again is not together
+    assert sorted(again.of(Boost)[0].beta.flatten().tolist()) == [0.25, 0.25, 0.5, 0.5]
+    assert combine(first, second) is again
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["", "inference mode"])
+def test_groups_of_combined_edits_changed_in_place_are_noticed(inference: bool) -> None:
+    with torch.inference_mode(inference):
+        groups = random_groups(2, 1)
+        first, second = Edit((Boost(torch.ones(1, 1, 1, 2)),), groups), Edit((Gain(2.0),), random_groups(2, 2))
+        before = combine(first, second)
+        groups.copy_(1 - groups)
+        after = combine(first, second)
+    assert before is not None and after is not None
+    assert before.groups is not None and after.groups is not None
+    assert not torch.equal(before.groups, after.groups)
+
+
+def test_a_combination_made_in_inference_mode_is_not_used_outside() -> None:
+    first, second = Edit((Boost(torch.ones(1, 1, 1, 2)),), random_groups(2, 1)), Edit((Temperature(2.0),))
+    with torch.inference_mode():
+        inside = combine(first, second)
+    outside = combine(first, second)
+    assert inside is not None and outside is not None
+    assert inside.of(Boost)[0].beta.is_inference() and not outside.of(Boost)[0].beta.is_inference()
+
+
+def test_a_combination_to_be_differentiated_is_made_anew() -> None:
+    beta = torch.ones(1, 1, 1, 2, requires_grad=True)
+    first, second = Edit((Boost(beta),), random_groups(2, 1)), Edit((Gain(2.0),))
+    for _ in range(2):
+        together = combine(first, second)
+        assert together is not None
+        together.of(Boost)[0].beta.sum().backward()
+    assert beta.grad is not None and beta.grad.tolist() == [[[[2.0, 2.0]]]]
+
+
+def test_a_combination_is_let_go_with_its_edits_and_only_so_many_are_kept() -> None:
+    kept = Edit((Gain(2.0),))
+    other = Edit((Temperature(torch.full((1, 1, 1), 2.0)),))
+    together = combine(kept, other)
+    assert together is not None
+    held = weakref.ref(together.of(Temperature)[0].value)
+    del other, together
+    gc.collect()
+    assert held() is None
+    many = [Edit((Temperature(2.0 + n),)) for n in range(memory.KEPT + 8)]
+    assert [combine(kept, edit) is not None for edit in many] == [True] * len(many)
+    assert len(memory._combined) == memory.KEPT
+    assert combine(kept, many[-1]) is combine(kept, many[-1])
+
+
+def test_edits_combine_in_many_threads() -> None:
+    shared = [Edit((Temperature(1.5 + n),)) for n in range(4)]
+
+    def work(number: int) -> bool:
+        right = True
+        for n in range(200):
+            mine = Edit((Gain(float(n + 2)),))
+            together = combine(shared[(number + n) % 4], mine)
+            assert together is not None
+            right &= together.of(Gain)[0].value == n + 2
+            right &= together.of(Temperature)[0].value == 1.5 + (number + n) % 4
+        return right
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
+    assert len(memory._combined) <= memory.KEPT
 
 
 def edits() -> dict[str, Edit]:
