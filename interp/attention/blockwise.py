@@ -41,6 +41,8 @@ def run(call: Call, tile_bytes: int | None = None) -> tuple[Tensor | None, Readi
         call: the call.
         tile_bytes: byte budget of one temporary; None takes the device's.
     """
+    if one_tile(call, tile_bytes):
+        return reference.run(call)
     batch, heads, n_queries, _ = call.shape
     z = call.q.new_empty(batch, n_queries, heads, call.v.shape[-1]) if call.want_output else None
     gathered = Gathered(call, shared_visible=not visible_varies_by_head(call))
@@ -87,23 +89,38 @@ def visible_varies_by_head(call: Call) -> bool:
 
 def tiles(call: Call, tile_bytes: int | None = None) -> Iterator[Tile]:
     """Tiles that cover the call; those of the same samples and rows follow each other."""
-    batch, heads, n_queries, n_keys = call.shape
-    budget = tile_bytes or TILE_BYTES.get(call.q.device.type, TILE_BYTES["other"])
-    room = max(budget // (n_keys * call.dtype.itemsize), 1)
-    n_rows = rows_per_tile(room, n_queries)
-    room = max(room // n_rows, 1)
-    group = heads // call.k.shape[1]
-    if call.k.dtype != call.dtype:
-        # The tile's keys and values are copied to the computation's dtype, which at few rows outweighs its scores.
-        copied = n_keys * (call.k.shape[3] + call.v.shape[3]) * call.dtype.itemsize
-        room = min(room, max(8 * budget // copied, 1) * group)
-    spans = list(head_spans(heads, group, room))
+    batch, heads, n_queries, _ = call.shape
+    n_rows, room = tile_sizes(call, tile_bytes)
+    spans = list(head_spans(heads, heads // call.k.shape[1], room))
     n_samples = max(room // heads, 1)
     for samples in ranges(batch, n_samples):
         for rows in ranges(n_queries, n_rows):
             keys = key_range(call, samples, rows)
             for span in spans:
                 yield Tile(samples, span, rows, keys)
+
+
+def tile_sizes(call: Call, tile_bytes: int | None = None) -> tuple[int, int]:
+    """Query rows of a tile, and how many heads of how many samples it may hold."""
+    _, heads, n_queries, n_keys = call.shape
+    budget = tile_bytes or TILE_BYTES.get(call.q.device.type, TILE_BYTES["other"])
+    room = max(budget // (n_keys * call.dtype.itemsize), 1)
+    n_rows = rows_per_tile(room, n_queries)
+    room = max(room // n_rows, 1)
+    if call.k.dtype != call.dtype:
+        # The tile's keys and values are copied to the computation's dtype, which at few rows outweighs its scores.
+        copied = n_keys * (call.k.shape[3] + call.v.shape[3]) * call.dtype.itemsize
+        room = min(room, max(8 * budget // copied, 1) * (heads // call.k.shape[1]))
+    return n_rows, room
+
+
+def one_tile(call: Call, tile_bytes: int | None = None) -> bool:
+    """Whether the call is plainly one tile, as steps of decoding are: what there is to choose costs as much as they do."""
+    if call.mask.causal or call.mask.window is not None:
+        return False  # Keys may be hidden from all rows.
+    batch, heads, n_queries, _ = call.shape
+    n_rows, room = tile_sizes(call, tile_bytes)
+    return n_rows == n_queries and room >= batch * heads
 
 
 def rows_per_tile(room: int, n_queries: int) -> int:

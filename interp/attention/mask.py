@@ -62,6 +62,8 @@ class Mask:
 
     def visible(self, batch: int, n_queries: int, n_keys: int, device: torch.device) -> Tensor | None:
         """Evaluate the description: bool ``[B|1, H|1, Lq, Lk]``, or None where everything is visible."""
+        if self.trivial:
+            return None
         i, j = self.positions(n_queries, n_keys, device)
         row, column = i[:, None], j[None, :]
         parts: list[Tensor] = []
@@ -81,8 +83,6 @@ class Mask:
             parts.append(self.rule(b, h, row[None, None], column[None, None]))
         if self.dense is not None:
             parts.append(self.dense.to(device))
-        if not parts:
-            return None
         seen = parts[0]
         for part in parts[1:]:
             seen = seen & part

@@ -15,6 +15,7 @@ Everything here is differentiable with respect to q, k, v, sinks, bias and the f
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,9 @@ from interp.attention.edits import (
 from interp.attention.groups import group_sums, one_hot
 from interp.attention.mask import Visible
 from interp.attention.readouts import Readings
+
+KEPT_TABLE_BYTES = 1 << 18
+"""Largest one-hot table kept for later calls of a kind, that of a step after some 20 000 keys."""
 
 Restriction = SinkWindow | Blocks | Neighbourhood | Threshold | DropKeys
 
@@ -130,7 +134,8 @@ def visible_set(call: Call, s: Tensor) -> Visible:
     restrictions = call.edit.of(SinkWindow, Blocks, Neighbourhood, Threshold, DropKeys)
     narrowed = bool(restrictions) or (hidden is not None and bool(hidden.any()))
     settled = 0 if narrowed else call.mask.settled(n_keys)
-    mask = call.mask.keys(settled, n_keys).visible(batch, n_queries, n_keys - settled, s.device)
+    unsettled = call.mask.keys(settled, n_keys) if settled else call.mask
+    mask = unsettled.visible(batch, n_queries, n_keys - settled, s.device)
     if hidden is not None and narrowed:
         mask = both(mask, ~hidden)
     for op in restrictions:
@@ -244,15 +249,15 @@ def weighted(call: Call, probabilities: Probabilities) -> Probabilities:
 
 def total_weights(call: Call, masses: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Step 5 on the masses ``[B, H, Lq, G]`` of step 4 alone: the weight of every group, and the sink share it leaves."""
-    total = torch.ones_like(masses)
+    total = None
     for op in call.edit.of(GroupWeights, Redistribute):
         if isinstance(op, GroupWeights):
             weights, rescale = group_weights(op, call, masses, share)
             share = None if share is None or rescale is None else share * rescale
         else:
             weights = redistribution(op, call, masses)
-        masses, total = masses * weights, total * weights
-    return total, share
+        masses, total = masses * weights, weights if total is None else total * weights
+    return torch.ones_like(masses) if total is None else total.expand_as(masses), share
 
 
 def group_weights(op: GroupWeights, call: Call, masses: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -279,15 +284,18 @@ def group_weights(op: GroupWeights, call: Call, masses: Tensor, share: Tensor | 
 def redistribution(op: Redistribute, call: Call, masses: Tensor) -> Tensor:
     """Weights ``[B, H, Lq, G]`` that move ``fraction`` of the source mass to the target in open rows."""
     by_group = masses.unbind(-1)
-    none = torch.zeros_like(by_group[0])
     # Sums of slices: an index would be copied from the host at every call.
     source, target, gate, share = (
-        sum((by_group[g] for g in groups), none) for groups in (op.source, op.target, op.gate_mass, op.gate_share)
+        functools.reduce(torch.add, [by_group[g] for g in groups]) if groups else torch.zeros_like(by_group[0])
+        for groups in (op.source, op.target, op.gate_mass, op.gate_share)
     )
     open_rows = (gate >= op.summ) & (share >= op.rho * gate) & (source > 0) & (target >= tiny(target))
     if op.where is not None:
         open_rows = open_rows & op.where
-    fraction = torch.where(open_rows, selected(op.fraction, None, 0.0, call), 0.0)
+    if isinstance(op.fraction, Tensor):
+        fraction = torch.where(open_rows, selected(op.fraction, None, 0.0, call), 0.0)
+    else:
+        fraction = open_rows.to(masses.dtype) * op.fraction
     less, more = 1.0 - fraction, 1.0 + fraction * source / torch.where(open_rows, target, 1.0)
     one = torch.ones_like(less)
     chosen = [less if g in op.source else more if g in op.target else one for g in range(masses.shape[-1])]
@@ -345,10 +353,18 @@ def per_head(value: Tensor | int) -> Tensor | int:
 
 def key_one_hot(call: Call, dtype: torch.dtype) -> Tensor:
     """The edit's key groups as ``[B|1, Lk, G]``."""
+    # Calls of one kind share it; what inference mode makes, nothing outside may differentiate with.
+    name = f"one-hot keys, {dtype}, {torch.is_inference_mode_enabled()}"
+    known: Tensor | None = None if call.memo is None else call.memo.get(name)
+    if known is not None:
+        return known
     groups = call.edit.groups
     if groups is None:
         groups = torch.zeros((1, call.shape[3]), dtype=torch.int8, device=call.k.device)
-    return one_hot(groups, call.edit.key_groups, dtype)
+    table = one_hot(groups, call.edit.key_groups, dtype)
+    if call.memo is not None and table.nbytes <= KEPT_TABLE_BYTES:
+        call.memo[name] = table
+    return table
 
 
 def per_key(call: Call, table: Tensor) -> Tensor:

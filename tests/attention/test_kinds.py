@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from interp.attention import Edit, Gain, Mask, Readout, attend, is_neutral, kinds
+from interp.attention import Boost, Edit, Gain, GroupWeights, Mask, Readout, attend, is_neutral, kinds
 from interp.attention.versions import unchanged, versions
 
 
@@ -67,6 +67,32 @@ def test_groups_changed_in_inference_mode_are_noticed() -> None:
     assert second is not None
     assert torch.equal(first.flip(-1), second)
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["", "inference mode"])
+def test_groups_of_an_edit_changed_in_place_are_noticed(inference: bool) -> None:
+    # The table of a kind's groups is kept from call to call.
+    with torch.inference_mode(inference), torch.no_grad():
+        groups = torch.tensor([[0, 1, 1, 0, 1, 1]], dtype=torch.int8)
+        edit, given = Edit((GroupWeights(torch.tensor([[[[1.0, 0.0]]]]), renormalise=True),), groups), operands()
+        for _ in range(3):
+            groups.copy_(1 - groups)
+            again = Edit(edit.operations, groups.clone())
+            wanted = attend(**given, edit=again, backend="reference").output
+            for _ in range(2):
+                torch.testing.assert_close(attend(**given, edit=edit, backend="blockwise").output, wanted)
+
+
+def test_a_table_made_in_inference_mode_serves_no_gradient() -> None:
+    beta = torch.ones(1, 1, 1, 2, requires_grad=True)
+    given, edit = operands(), Edit((Boost(beta),), torch.zeros(1, 6, dtype=torch.int8))
+    with torch.inference_mode(), torch.enable_grad():
+        for _ in range(2):
+            attend(**given, edit=edit, backend="blockwise")
+    out = attend(**given, edit=edit, backend="blockwise").output
+    assert out is not None and len(kinds._kinds) == 1
+    out.sum().backward()
+    assert beta.grad is not None and bool(beta.grad[..., 0].isfinite())
 
 
 def test_what_was_seen_of_tensors() -> None:

@@ -136,3 +136,21 @@ def test_tiles_cover_every_pair_once(
     visible = torch.ones(n_queries, n_keys).tril() > 0
     assert (seen[..., visible] == 1).all()
     assert (seen <= 1).all()
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(1, 40), st.integers(1, 4), st.integers(1, 4), st.integers(1, 60), st.integers(1, 4), st.integers(64, 40000),
+    st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from([Mask(), Mask(causal=True), Mask(window=(3, None))]),
+)  # fmt: skip
+def test_a_call_said_to_be_one_tile_is_one(
+    n_queries: int, kv_heads: int, group: int, n_keys: int, batch: int, tile_bytes: int, dtype: torch.dtype, mask: Mask
+) -> None:
+    from interp.attention.call import Call
+
+    q = torch.empty(batch, kv_heads * group, n_queries, 4, dtype=dtype)
+    k = torch.empty(batch, kv_heads, n_keys, 4, dtype=dtype)
+    call = Call(q, k, k, 1.0, mask, None, None, None, Edit(), Readout(), True)
+    alone = list(blockwise.tiles(call, tile_bytes)) == [call.whole]
+    # Where keys may be hidden the tiles have to be looked at.
+    assert blockwise.one_tile(call, tile_bytes) == (alone and mask.trivial)
