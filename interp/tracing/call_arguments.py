@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from interp.tracing.masks import LazyMask
 
 def site_call(
     site: Site, run: RunState, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, given: Any,
-    options: Mapping[str, Any], chunk: list[int],
+    options: Mapping[str, Any], chunk: Sequence[int],
 ) -> SiteCall:  # fmt: skip
     """Read one call's arguments.
 
@@ -31,7 +31,7 @@ def site_call(
             attention once per window or image).
     """
     n_queries, n_keys = query.shape[2], key.shape[2]
-    decoder = site.stack == "text" or site.cross
+    decoder = decodes(site)
     start = run.past_length if decoder else chunk[0]
     bias: Tensor | None = options.get("position_bias")
     if isinstance(given, LazyMask) and given.shape[-1] != n_keys:
@@ -77,6 +77,11 @@ def site_call(
         bias=bias,
         generated=_generated(run, decoder, mask.q_offset, n_queries),
     )
+
+
+def decodes(site: Site) -> bool:
+    """Whether the rows of a site come after what the KV cache holds; elsewhere they come after those of earlier calls."""
+    return site.stack == "text" or site.cross
 
 
 @functools.lru_cache(maxsize=4096)

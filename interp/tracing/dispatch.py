@@ -7,6 +7,7 @@ knows, say of a second model that shares the config object, takes the function i
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterable
@@ -123,18 +124,33 @@ class SeenLse(TorchFunctionMode):
 
 
 def _original_function(module: nn.Module, implementation: str) -> Callable[..., Any]:
+    if implementation != "eager":
+        return _functions()[implementation]
+    found = _home(type(module)).get("eager_attention_forward")
+    if found is None:
+        raise RuntimeError(
+            f"no eager attention function was found for {type(module).__name__}; load the model with attn_implementation='sdpa'"
+        )
+    return found
+
+
+@functools.cache
+def _functions() -> Any:
+    """transformers' attention functions by name; looked up in the module, the table costs as much as the rest of the way."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    if implementation != "eager":
-        return ALL_ATTENTION_FUNCTIONS[implementation]
-    for cls in type(module).__mro__:
+    return ALL_ATTENTION_FUNCTIONS
+
+
+@functools.lru_cache(maxsize=256)
+def _home(kind: type) -> dict[str, Any]:
+    """The names of the source file that holds the eager function of an attention class, empty where there is none."""
+    for cls in kind.__mro__:
         for member in vars(cls).values():
-            found = getattr(member, "__globals__", {}).get("eager_attention_forward")
-            if found is not None and "ALL_ATTENTION_FUNCTIONS" in getattr(member, "__globals__", {}):
-                return found
-    raise RuntimeError(
-        f"no eager attention function was found for {type(module).__name__}; load the model with attn_implementation='sdpa'"
-    )
+            names: dict[str, Any] = getattr(member, "__globals__", {})
+            if names.get("eager_attention_forward") is not None and "ALL_ATTENTION_FUNCTIONS" in names:
+                return names
+    return {}
 
 
 def _attention(

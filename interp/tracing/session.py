@@ -24,13 +24,16 @@ from interp.models.anatomy import Anatomy, Site, anatomy
 from interp.models.base_edit import HOLDS, BaseEdit
 from interp.models.model import unwrap
 from interp.tracing import dispatch
-from interp.tracing.call_arguments import site_call
+from interp.tracing.call_arguments import decodes, site_call
 from interp.tracing.calls import Intervention, RunState, SiteCall
 from interp.tracing.capture import Capture, Selection
 from interp.tracing.plant import Plant
 from interp.tracing.recorder import Recorder
 from interp.tracing.runs import begin_run, finish_generate, generation_options
 from interp.tracing.trace import Trace
+
+NO_CHUNK = (0, 0)
+"""Rows and keys of earlier calls of a module forward, where nobody asks."""
 
 
 class SessionError(RuntimeError):
@@ -304,10 +307,23 @@ class Installation:
             self._wrap_generate()
 
     def watch_sites(self) -> None:
-        """Notice where a site begins: for sessions that look at its calls. A hook costs an idle one more than its calls."""
+        """Notice where a site begins whose rows and keys may come in several calls: for sessions that look at them.
+
+        Positions of decoders come from the cache; a hook on each of their sites would cost a step as much as a small edit.
+        """
         if not self.watched:
-            disable: Any = torch.compiler.disable
-            self.watched = [sub.register_forward_pre_hook(disable(self._site_begins)) for sub in self.modules]
+            towers = [sub for sub in self.modules if not decodes(self.sites[id(sub)])]
+            self.watched = [sub.register_forward_pre_hook(self._site_hook()) for sub in towers]
+
+    def _site_hook(self) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        disable: Any = torch.compiler.disable
+        plain, uncompiled = self._site_begins, disable(self._site_begins)
+
+        def hook(sub: nn.Module, args: tuple[Any, ...]) -> None:
+            # The way around the compiler costs more than the rest, so it is taken under the compiler alone.
+            (uncompiled if torch.compiler.is_compiling() else plain)(sub, args)
+
+        return hook
 
     def undo(self) -> None:
         for handle in self.handles:
@@ -481,12 +497,16 @@ class Installation:
         site = self.sites[id(module)]
         live = [(s, *s.runs[me]) for s in self.sessions if me in s.runs]
         planted = self.plant if self.plant is not None and self.plant.acts_on(site, me) else None
-        if planted is None and not any(r is not None or session.touches(site, run) for session, run, r in live):
-            for session, _, _ in live:
-                session.count(site, "untouched")
-            self._advance(module, query, key)
-            return dispatch.call_original(module, query, key, value, attention_mask, **options)
-        chunk = self.chunks.setdefault(id(module), [0, 0])
+        if planted is None:
+            for session, run, recorder in live:
+                if recorder is not None or session.touches(site, run):
+                    break
+            else:
+                for session, _, _ in live:
+                    session.count(site, "untouched")
+                self._advance(module, query, key)
+                return dispatch.call_original(module, query, key, value, attention_mask, **options)
+        chunk = NO_CHUNK if decodes(site) else self.chunks.setdefault(id(module), [0, 0])
         first = live[0][1] if live else cast(Plant, planted).run(me)
         call = site_call(site, first, module, query, key, value, attention_mask, options, chunk)
         self._advance(module, query, key)

@@ -141,6 +141,20 @@ def test_a_capture_inside_an_idle_session_sees_where_sites_begin():
     assert len(inner.traces) == 2
 
 
+def test_only_towers_are_watched_for_where_a_site_begins():
+    specimen = build("qwen2_5_vl")
+    watched = lambda: {  # noqa: E731
+        name for name, sub in specimen.module.named_modules() if any("_site_hook" in str(h) for h in sub._forward_pre_hooks.values())
+    }  # fmt: skip
+    sites = interp.anatomy(specimen.module).sites
+    assert {site.stack for site in sites} >= {"text", "vision"}
+    with interp.hooked(specimen.module):
+        assert not watched()
+        with interp.hooked(specimen.module, capture=ROWS):
+            assert watched() == {site.name for site in sites if site.stack == "vision"}
+    assert not watched()
+
+
 def test_an_exception_in_the_model_restores_everything_and_leaves_no_trace(llama):
     before = llama.module.config._attn_implementation
 
