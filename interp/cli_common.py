@@ -171,17 +171,19 @@ def read_layers(text: str | None) -> list[int] | None:
     return out
 
 
-def generate_text(model: Model, inputs: Any, max_new_tokens: int, label: str) -> tuple[str, list[int]]:
-    """Greedy continuation (text, ids), with a progress bar on a terminal."""
+def generate_text(
+    model: Model, inputs: Any, max_new_tokens: int, label: str, *, beams: int = 1
+) -> tuple[str, list[int]]:
+    """Greedy continuation or that of beam search (text, ids), with a progress bar on a terminal."""
     import torch
     from rich.progress import Progress
 
     console = stderr()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress, torch.no_grad():
         task = progress.add_task(label, total=max_new_tokens)
-        ids = model.generate(
-            inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, streamer=_Counter(progress, task)
-        )
+        # Beam search takes no streamer.
+        told = {"streamer": _Counter(progress, task)} if beams == 1 else {}
+        ids = model.generate(inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=beams, **told)
     encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
     new = ids[0].tolist()[0 if encoder_decoder else inputs["input_ids"].shape[1] :]
     return model.decode(new), new
