@@ -285,3 +285,46 @@ def test_the_table_has_before_and_after() -> None:
     heading, one, other = tuning.table(rows).splitlines()
     assert heading.split() == ["launch", "shipped", "ms", "tuned", "ms", "speed"]
     assert one.startswith("rows bfloat16 128x128") and one.endswith("1.0000  2.00 x") and other.endswith("as shipped")
+
+
+HALF = torch.tensor([16, 1 << 20], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "width", "keys", "edit", "best"),
+    [
+        ({"output": True, "row_stats": True}, 64, 64, Edit(), Config(64, 64, 4, 3)),
+        ({"output": True, "row_stats": True}, 128, 64, Edit(), Config(64, 64, 4, 2)),
+        ({"output": True, "weights": 1}, 128, 64, Edit(), Config(128, 64, 8, 3)),
+        ({"output": True}, 128, 64, Edit(), Config(128, 128, 8, 3)),
+        ({"output": True}, 128, configs.LONG, Edit((SinkWindow(4, HALF),)), Config(128, 128, 8, 3)),
+        ({"output": True}, 128, configs.LONG, Edit((SinkWindow(4, 16),)), Config(64, 64, 4, 2)),
+        ({"output": True}, 128, configs.LONG // 2, Edit((SinkWindow(4, HALF),)), Config(64, 64, 4, 2)),
+    ],
+)
+def test_tiles_follow_what_a_launch_does(
+    wanted: dict[str, Any], width: int, keys: int, edit: Edit, best: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(configs, "_shared_memory", lambda _: 227 << 10)
+    monkeypatch.setattr(tuned, "pick", lambda kind, device, facts, shipped: shipped)
+    q, k = torch.empty(1, 2, 16, width, dtype=torch.bfloat16), torch.empty(1, 1, keys, width, dtype=torch.bfloat16)
+    call = Call(q, k, k, 0.3, Mask(causal=True, q_offset=keys - 16), None, None, None, edit, Readout(), True)
+    shared = tables(call, upcast=True)
+    shared.device = torch.device("cuda", 0)
+    assert configs.choose(call, Wanted(**wanted), shared) == best
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "best"),
+    [(257, 64, Config(64, 32, 4, 3)), (257, 128, Config(64, 64, 4, 3, 128)), (600, 64, Config(128, 64, 4, 3))],
+)
+def test_tiles_of_statistics_follow_rows_and_width(
+    rows: int, width: int, best: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(configs, "_shared_memory", lambda _: 227 << 10)
+    monkeypatch.setattr(tuned, "pick", lambda kind, device, facts, shipped: shipped)
+    q = torch.empty(1, 2, rows, width, dtype=torch.bfloat16)
+    call = Call(q, q, q, 0.3, Mask(), None, None, None, Edit(), Readout(received=True), True)
+    shared = tables(call, upcast=True)
+    shared.device = torch.device("cuda", 0)
+    assert configs.choose_statistics(call, shared) == best
