@@ -29,7 +29,7 @@ def shows(beginning: str) -> Callable[[Show], Show]:
 def section() -> str:
     parts = []
     for path in sorted(RESULTS.glob("*.json")):
-        if path.stem.startswith(("proof_", "kernels_")):  # these have sections of their own
+        if path.stem.startswith(("proof_", "kernels_", "planted")):  # these have sections of their own
             continue
         content = json.loads(path.read_text())
         known = [beginning for beginning in _shows if path.stem.startswith(beginning)]

@@ -15,6 +15,7 @@ import _readme_benchmarks
 import _readme_families
 import _readme_kernels
 import _readme_models
+import _readme_planted
 import _readme_proof
 import torch
 
@@ -25,6 +26,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "benchmarks": _readme_benchmarks.section,
     "kernels": _readme_kernels.section,
     "models": _readme_models.section,
+    "planted": _readme_planted.section,
 }
 
 
