@@ -1,6 +1,6 @@
 # Every target makes the virtual environment it needs (see .ci/environment); PYTHON=... picks another interpreter.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-real lint fmt types bench clean
+.PHONY: help demo test test-fast test-slow test-real lint fmt types bench clean
 
 BIN := .venv/bin
 SOURCES := headscope.py interp probes dashboards tests
@@ -29,11 +29,14 @@ demo: .venv/.stamp-demo ## the main job on a real model, and its dashboard
 	$(BIN)/headscope demo $(DEMO_ARGS)
 
 test: .venv/.stamp-dev ## the fast suite, then the tests on real weights
-	$(call pytest,-n auto -m "not real")
-	$(call pytest,-m real)
+	$(call pytest,-n auto -m "not real and not slow")
+	$(call pytest,-m "real and not slow")
 
 test-fast: .venv/.stamp-dev ## the fast suite, in parallel
-	$(call pytest,-n auto -m "not real")
+	$(call pytest,-n auto -m "not real and not slow")
+
+test-slow: .venv/.stamp-dev ## the tests that take over ten seconds: trainings, whole trips, compilers
+	$(call pytest,-n auto -m slow)
 
 test-real: .venv/.stamp-dev ## the tests on real weights
 	$(call pytest,-m real)

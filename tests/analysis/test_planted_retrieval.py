@@ -52,6 +52,7 @@ def test_planted_heads_come_first(planted: Any, name: str) -> None:
     assert area(found.value.values) > 0.8, area(found.value.values)
 
 
+@pytest.mark.slow
 def test_only_planted_heads_write_what_the_needle_says(planted: Any) -> None:
     # Two of them act through later layers, which this direct path leaves out.
     found = score("needle_contribution", planted, FAR)
@@ -60,6 +61,7 @@ def test_only_planted_heads_write_what_the_needle_says(planted: Any) -> None:
     assert found.heads.top(1) == interp.Heads.parse("L4H6")
 
 
+@pytest.mark.slow
 def test_what_does_not_see_far_streams(planted: Any) -> None:
     found = score("streaming_mass", planted, FAR, sink=1, recent=16)
     others = ~PLANTED.mask("text", *found.value.shape)

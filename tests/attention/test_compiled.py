@@ -111,6 +111,7 @@ def test_one_graph_gives_what_eager_gives() -> None:
     assert_same(for_lengths(*operands(), *given), masks_and_edits(*operands(), *given))
 
 
+@pytest.mark.slow
 @pytest.mark.slow  # most of it is the C++ compiler's
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="Inductor needs a C++ compiler")
 def test_the_default_compiler_too() -> None:
