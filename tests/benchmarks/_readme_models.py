@@ -29,14 +29,13 @@ def section() -> str:
     lines += [f"| [{n}](data/models/{n}/README.md) | {what} | {_size(n)} | {says} |" for n, what, says in rows]
     chair = {split: measured["chair"][split]["figures"] for split in ("test", "against")}
     surface = measured["surface"]
-    lines += [
-        "",
-        f"The LVLM looks (with another scene's picture it is right in {_three(lvlm['check']['test']['foreign_image'])}) and hallucinates: "
-        f"CHAIR_S {_three(chair['test']['chair_s'])} on scenes from its prior, {_three(chair['against']['chair_s'])} where typical "
-        f"companions are missing (500 captions each). Over {surface['n_scenes']:,} scenes, with prior and evidence set by hand:",
-        "",
-        "![Hallucination over evidence and prior](data/models/scenes-lvlm/surface.svg)",
-    ]
+    looks, prior = _three(lvlm["check"]["test"]["foreign_image"]), _three(chair["test"]["chair_s"])
+    text = (
+        f"The LVLM looks (with another scene's picture it is right in {looks}) and hallucinates: "
+        f"CHAIR_S {prior} on scenes from its prior, {_three(chair['against']['chair_s'])} where typical "
+        f"companions are missing (500 captions each). Over {surface['n_scenes']:,} scenes, with prior and evidence set by hand:"
+    )
+    lines += ["", text, "", "![Hallucination over evidence and prior](data/models/scenes-lvlm/surface.svg)"]
     return "\n".join(lines)
 
 

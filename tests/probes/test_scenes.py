@@ -11,7 +11,8 @@ import torch
 
 from probes.samples import ProbeError
 from probes.scenes import NAMES, PAIRS, SETTINGS, World, caption, draw, picture, question, surface_forms
-from probes.scenes.catalog import BY_TRIGGER, NAMES as ORDER, PLACES, plural
+from probes.scenes.catalog import BY_TRIGGER, PLACES, plural
+from probes.scenes.catalog import NAMES as ORDER
 from probes.scenes.language import NUMBERS, prompt
 from probes.scenes.painting import atlas, pack
 from probes.scenes.world import MOST, SIZE, Placed, Scene
@@ -70,7 +71,9 @@ def test_dials_change_nothing_but_what_they_are_for() -> None:
     world, pair = World("test"), BY_TRIGGER["bread"]
     for number in range(20):
         full = world.with_pair(pair, number, partner=True)
-        assert full.evidence(pair.partner) == pytest.approx(min(1, next(t.size for t in full.objects if t.name == pair.partner) / 28))
+        assert full.evidence(pair.partner) == pytest.approx(
+            min(1, next(t.size for t in full.objects if t.name == pair.partner) / 28)
+        )
         faint = world.with_pair(pair, number, partner=True, contrast=0.2, clarity=0.5)
         assert faint.evidence(pair.partner) == pytest.approx(0.1 * full.evidence(pair.partner))
         without = world.with_pair(pair, number, partner=False)
@@ -184,7 +187,9 @@ def test_captions_name_exactly_what_is_there() -> None:
         assert 3 <= len(sentences) <= 8
         lengths.append(len(re.findall(r"\w+|[.,]", text)))
         for pair in scene.present_pairs:
-            at = {n: min(k for k, word in enumerate(words) if forms.get(word) == n) for n in (pair.trigger, pair.partner)}
+            at = {
+                n: min(k for k, word in enumerate(words) if forms.get(word) == n) for n in (pair.trigger, pair.partner)
+            }
             assert at[pair.trigger] < at[pair.partner], text
     assert np.percentile(lengths, 2) >= 58
     assert max(lengths) <= 150
