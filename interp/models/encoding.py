@@ -186,7 +186,9 @@ def open_image(image: Any) -> Image:
                 )
             return ImageOps.exif_transpose(opened).convert("RGB")
     except pil.DecompressionBombError as error:
-        raise ModelInputError(f"image must have at most {MOST_PIXELS:,} pixels, got {os.fspath(image)!r}: {error}") from error
+        raise ModelInputError(
+            f"image must have at most {MOST_PIXELS:,} pixels, got {os.fspath(image)!r}: {error}"
+        ) from error
     except OSError as error:
         raise ModelInputError(f"image must be a readable image file, got {os.fspath(image)!r}: {error}") from error
 
