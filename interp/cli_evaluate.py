@@ -107,7 +107,7 @@ def evaluate(
     title = (
         f"{task.name}, {result.about['model']}, n = {result.about['n']}; below each value: difference to greedy, paired"
     )
-    common.show(common.table(title, header(result), [cells(result, row) for row in result.rows]))
+    _show(common.table(title, header(result), [cells(result, row) for row in result.rows]))
     _matched(result)
     if result.resumed:
         typer.echo(f"{result.resumed} answers were there before")
@@ -129,7 +129,15 @@ def _matched(result: Any) -> None:
                 rows.append([row.setting.name, on, *d, str(both["left_out"])])
     if rows:
         columns = ("setting", "same", "chair s, difference", "chair i, difference", "left out")
-        common.show(common.table("Captions cut to the same length, or at the same recall, pair by pair", columns, rows))
+        _show(common.table("Captions cut to the same length, or at the same recall, pair by pair", columns, rows))
+
+
+def _show(table: Any) -> None:
+    """Intervals are not folded where no terminal sets the width."""
+    from rich.console import Console
+
+    console = Console()
+    (console if console.is_terminal else Console(width=max(240, console.width))).print(table)
 
 
 def read_task(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -117,13 +118,15 @@ def forced_logprobs(call: Call, inputs: Mapping[str, Tensor], answers: Sequence[
     whole = {**inputs, "input_ids": torch.cat([inputs["input_ids"], tail], 1)}
     whole["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(tail)], 1)
     call.session.prompt_length = length
+    takes = inspect.signature(call.model.module.forward).parameters
+    options = {"logits_to_keep": longest + 1} if "logits_to_keep" in takes else {}
     with torch.inference_mode():
-        logits: Tensor = call.model(whole).logits[:, length - 1 : -1]
+        logits: Tensor = call.model(whole, **options).logits[:, -longest - 1 :]
         for method in call.interventions:
             if isinstance(method, Decoding):
-                logits, extra = method.forced(call.model, whole, call.model(whole).logits, {})
+                logits, extra = method.forced(call.model, whole, logits, options)
                 call.session.extra_forwards += extra
-                logits = logits[:, length - 1 : -1]
+    logits = logits[:, :-1]
     logp = logits.float().log_softmax(-1).gather(-1, tail[..., None])[..., 0].double()
     return [float(row[: len(a)].sum()) for row, a in zip(logp, answers, strict=True)]
 

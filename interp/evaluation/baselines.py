@@ -98,7 +98,7 @@ class VCD(Decoding):
     def forced(self, model: Any, inputs: Any, logits: Tensor, options: dict[str, Any]) -> tuple[Tensor, int]:
         noisy = {**inputs, "pixel_values": self.noised(inputs["pixel_values"])}
         with untouched(model), torch.no_grad():
-            other: Tensor = model(noisy, **options).logits
+            other: Tensor = model(noisy, **options).logits[:, -logits.shape[1] :]
         return (1 + self.alpha) * logits - self.alpha * other, 1
 
 
@@ -222,6 +222,8 @@ class DoLa(Decoding):
 
     def _contrast(self, last: Tensor) -> Tensor:
         """``log p_last - log p_early`` ``[B, n, V]`` of the last n rows."""
+        if last.shape[1] > MOST_ROWS:
+            raise InterventionError(f"DoLa reads at most {MOST_ROWS} forced tokens at once, got {last.shape[1]}")
         early = torch.stack([self._read(state[:, -last.shape[1] :]) for state in self._seen["states"].values()])
         mean = (early.exp() + last.exp()).div(2).log()
         divergence = (early.exp() * (early - mean) + last.exp() * (last - mean)).nan_to_num().sum(-1)

@@ -73,7 +73,7 @@ class Setting:
     @property
     def key(self) -> str:
         """Twelve hex digits that change with anything that changes what it does."""
-        return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps(_numbers(self.describe()), sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def plain(self) -> bool:
@@ -109,7 +109,7 @@ def other_heads(heads: Heads, anatomy: Anatomy, seed: int) -> Heads:
                 raise SettingError(
                     f"random heads of {stack} layer {layer} must be others than the {len(chosen)} chosen, got {len(free)} that are"
                 )
-            found += [Head(layer, n, stack) for n in rng.sample(free, len(chosen))]
+            found += [Head(layer, n, stack) for n in sorted(rng.sample(free, len(chosen)))]
     return Heads(found)
 
 
@@ -221,3 +221,12 @@ def unique(settings: Sequence[Setting]) -> list[Setting]:
 def heads_of(intervention: Intervention) -> Any:
     """The heads that a method was given, None where it has none."""
     return getattr(intervention, "heads", None)
+
+
+def _numbers(value: Any) -> Any:
+    """Whole numbers as floats: alpha=2 is alpha=2.0."""
+    if isinstance(value, dict):
+        return {k: _numbers(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_numbers(v) for v in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
