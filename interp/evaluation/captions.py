@@ -12,13 +12,13 @@ from interp.evaluation.tasks import (
     Pairs,
     Record,
     Sample,
+    SceneImage,
     Statistics,
     Task,
     greedy,
     images,
     needs_images,
     opener,
-    scene_image,
 )
 from probes.captions import measure
 from probes.chair import CaptionRow, Chair, summarise
@@ -53,6 +53,7 @@ class CaptionTask(Task):
     max_new_tokens: int = 128
     chat: bool | None = None
     source: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    _judged: dict[Any, CaptionRow] = field(init=False, repr=False, compare=False, default_factory=dict[Any, CaptionRow])
 
     name: ClassVar[str] = "chair"
     primary: ClassVar[str] = "chair_i"
@@ -93,7 +94,11 @@ class CaptionTask(Task):
         assert self.truth is not None
         assert self.matcher is not None
         judge = Chair(self.truth, self.matcher, **how.options())
-        return [judge.row(s.unit, r["text"]) for s, r in found]
+        for sample, record in found:
+            key = (sample.unit, record["text"])
+            if key not in self._judged:
+                self._judged[key] = judge.row(*key)
+        return [self._judged[s.unit, r["text"]] for s, r in found]
 
     def figures(self, found: Pairs, how: Statistics) -> dict[str, Estimate]:
         if self.truth is not None:
@@ -155,7 +160,7 @@ def scene_captions(split: str, n: int, *, seed: int = 0, start: int = 0, max_new
 
     scenes = World(split, seed).scenes(n, start)  # type: ignore[arg-type]
     return CaptionTask(
-        {s.id: scene_image(s) for s in scenes}, {s.id: s.names for s in scenes}, WordMatcher(surface_forms()),
+        {s.id: SceneImage(s) for s in scenes}, {s.id: s.names for s in scenes}, WordMatcher(surface_forms()),
         request=DESCRIBE[0], max_new_tokens=max_new_tokens, source={"data": "scenes", "split": split, "n": n, "seed": seed, "start": start},
     )  # fmt: skip
 

@@ -83,7 +83,7 @@ def max_t(
         rows = max(1, BLOCK // len(d))
         blocks: list[Floats] = []
         for start in range(0, n_flips, rows):
-            signs = rng.integers(0, 2, size=(min(rows, n_flips - start), len(d))) * 2.0 - 1
+            signs: Floats = rng.choice(np.array([-1.0, 1.0]), size=(min(rows, n_flips - start), len(d)))
             blocks.append(_t(signs, d))
         flipped.append(np.concatenate(blocks))
     t, null = np.abs(np.concatenate(observed)), np.abs(np.concatenate(flipped, axis=1))

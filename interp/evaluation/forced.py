@@ -17,16 +17,32 @@ from interp.evaluation.tasks import (
     Pairs,
     Record,
     Sample,
+    SceneImage,
     Statistics,
     Task,
     images,
     needs_images,
     opener,
-    scene_image,
 )
 from probes.intervals import Estimate, mean_interval, paired_difference
 from probes.margin import MarginItem, margins
 from probes.samples import ProbeError
+
+
+class _Tokenizer:
+    """A tokenizer that reads each text once a batch."""
+
+    def __init__(self, tokenizer: Any, kept: dict[Any, Any]) -> None:
+        self._tokenizer, self._kept = tokenizer, kept
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Any:
+        key = (text, add_special_tokens)
+        if key not in self._kept:
+            self._kept[key] = self._tokenizer(text, add_special_tokens=add_special_tokens)
+        return self._kept[key]
 
 
 class _Seen:
@@ -35,6 +51,7 @@ class _Seen:
     def __init__(self, call: Call) -> None:
         self._call = call
         self._kept: dict[Any, Any] = call.shared.setdefault("encoded", {})
+        self.tokenizer = _Tokenizer(call.model.tokenizer, call.shared.setdefault("tokens", {}))
         self._decoding = [i for i in call.interventions if isinstance(i, Decoding)]
 
     def __getattr__(self, name: str) -> Any:
@@ -167,7 +184,7 @@ def mention_point(scene: Any) -> MarginItem | None:
         present = max(rest, key=lambda thing: scene.evidence(thing.name)).name
         prefix = f" The picture shows a {scene.setting}. There is {with_article(trigger.name)} at the {trigger.place}. There is"
         return MarginItem(
-            DESCRIBE[0], prefix, with_article(present), with_article(pair.partner), scene_image(scene), scene.id, True
+            DESCRIBE[0], prefix, with_article(present), with_article(pair.partner), SceneImage(scene), scene.id, True
         )
     return None
 

@@ -17,12 +17,12 @@ from interp.evaluation.tasks import (
     Pairs,
     Record,
     Sample,
+    SceneImage,
     Statistics,
     Task,
     images,
     needs_images,
     opener,
-    scene_image,
 )
 from probes import pope_judge
 from probes.coco import read_instances
@@ -168,7 +168,7 @@ def scene_pope(
             scenes.append(scene)
     builder = Pope({s.id: s.names for s in scenes}, n=n, seed=seed, vocabulary=tuple(NAMES))
     return PopeTask(
-        {s: builder.build(s) for s in splits}, {s.id: scene_image(s) for s in scenes}, batch=batch,  # type: ignore[arg-type]
+        {s: builder.build(s) for s in splits}, {s.id: SceneImage(s) for s in scenes}, batch=batch,  # type: ignore[arg-type]
         source={"data": "scenes", "split": split, "n": n, "seed": seed, "splits": list(splits)},
     )  # fmt: skip
 

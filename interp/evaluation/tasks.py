@@ -125,9 +125,14 @@ class Task(ABC):
 def images(call: Call, samples: Sequence[Sample]) -> list[Any]:
     """Images of the samples, each made once a batch; samples of one unit and image share it."""
     kept: dict[Any, Any] = call.shared.setdefault("images", {})
-    for sample in samples:
-        if sample.image is not None and sample.unit not in kept:
-            kept[sample.unit] = sample.image()
+    new = {s.unit: s.image for s in samples if s.image is not None and s.unit not in kept}
+    scenes = {unit: made.scene for unit, made in new.items() if isinstance(made, SceneImage)}
+    if scenes:
+        from probes.scenes import draw
+
+        drawn = draw(list(scenes.values()), call.model.device).permute(0, 2, 3, 1).cpu().numpy()
+        kept.update(zip(scenes, drawn, strict=True))
+    kept.update({unit: made() for unit, made in new.items() if unit not in scenes})
     return [None if s.image is None else kept[s.unit] for s in samples]
 
 
@@ -182,10 +187,13 @@ def opener(path: Path) -> Image:
     return read
 
 
-def scene_image(scene: Any) -> Image:
-    def paint() -> Any:
+@dataclass(frozen=True)
+class SceneImage:
+    """The picture of a scene; a batch of them is drawn at once."""
+
+    scene: Any
+
+    def __call__(self) -> Any:
         from probes.scenes import picture
 
-        return picture(scene)
-
-    return paint
+        return picture(self.scene)

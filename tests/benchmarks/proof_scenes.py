@@ -12,6 +12,7 @@ Then CHAIR, as it is and at matched length and recall, and POPE, where a method 
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -131,8 +132,8 @@ def confirmed(
     """One row a setting and split, of everything that was measured."""
     primary, secondary = tests_of(margin), tests_of(chair)
     rows: list[dict[str, Any]] = []
-    for split in margin:
-        for one in margin[split].rows:
+    for split, measured in margin.items():
+        for one in measured.rows:
             name = one.setting.name
             row: dict[str, Any] = {
                 "what": "confirmed",
@@ -306,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
 def _plain(value: Any) -> Any:
     """NaN as None: a result file has none."""
     if isinstance(value, float):
-        return value if value == value and abs(value) != float("inf") else None
+        return value if math.isfinite(value) else None
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
