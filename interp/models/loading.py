@@ -93,7 +93,13 @@ def load(
         processor, problem = _processor(place, hub)
     found = known_revision or _commit(place, hub)
     return Model(
-        module, processor=processor, tokenizer=tokenizer, name=name, revision=found, processor_problem=problem, chat=chat
+        module,
+        processor=processor,
+        tokenizer=tokenizer,
+        name=name,
+        revision=found,
+        processor_problem=problem,
+        chat=chat,
     )
 
 

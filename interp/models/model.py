@@ -93,7 +93,12 @@ class Model:
         return bool(self.module.can_generate())
 
     def encode(
-        self, text: str | list[str] | None = None, image: Any = None, *, chat: bool | None = None, system: str | None = None
+        self,
+        text: str | list[str] | None = None,
+        image: Any = None,
+        *,
+        chat: bool | None = None,
+        system: str | None = None,
     ) -> Any:
         """Inputs for this model, on its device.
 
