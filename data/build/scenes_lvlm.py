@@ -123,9 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
     text = stream(Conversations(alone, batch * 2, LENGTH, images=False), options.workers, device)
     curve: dict[str, list[float]] = {}
-    share = {"minutes": None if options.minutes is None else options.minutes * TEXT_SHARE}
     steps = options.steps
-    first = Pace(options.text_steps or steps, share["minutes"], 1e-3)
+    first = Pace(options.text_steps or steps, options.minutes and options.minutes * TEXT_SHARE, 1e-3)
 
     def text_loss(one: dict[str, Tensor]) -> Tensor:
         return call(one["ids"], one["labels"], None)
@@ -133,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     each = 20 if options.smoke else 200
     curve["text"] = common.train(first, model, text, text_loss, device, each=each, label="text")
 
-    second = Pace(steps, None if options.minutes is None else options.minutes * (1 - TEXT_SHARE), 1e-3)
+    second = Pace(steps, options.minutes and options.minutes * (1 - TEXT_SHARE), 1e-3)
     few = stream(Conversations(alone, batch // 4, LENGTH, images=False), min(options.workers, 3), device)
     seen = stream(Conversations(pictures, batch, LENGTH), options.workers, device)
 
