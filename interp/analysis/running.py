@@ -15,6 +15,7 @@ from interp.models.anatomy import anatomy
 from interp.models.model import Model
 from interp.tracing.capture import Capture
 from interp.tracing.session import hooked
+from interp.tracing.text_only import options_of
 
 Floats = NDArray[np.float64]
 
@@ -135,9 +136,14 @@ def inputs_of(sample: Any, model: Model) -> dict[str, Any]:
 
 
 def forward(model: Model, inputs: Mapping[str, Any], capture: Capture, stack: str) -> xr.Dataset:
-    """Readings of one stack in one forward."""
+    """Readings of one stack in one forward.
+
+    Logits are made for one position only, where the model can leave the others out: at 32k tokens they would take more memory
+    than all that is read.
+    """
+    options = {} if "logits_to_keep" in inputs else options_of(model.wrapped, logits_to_keep=1)
     with hooked(model, capture=capture) as run:
-        model(inputs)
+        model(inputs, **options)
     if stack not in run.trace:
         raise AnalysisError(f"these inputs do not reach the stack {stack!r}: the model did not call it")
     return run.trace[stack]
