@@ -1,13 +1,14 @@
 # Every target makes the virtual environment it needs (see .ci/environment); PYTHON=... picks another interpreter.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-slow test-real lint fmt types bench clean
+.PHONY: help demo test test-fast test-slow test-real notebooks lint fmt types bench clean
 
 BIN := .venv/bin
-SOURCES := headscope.py interp probes dashboards tests
+SOURCES := headscope.py interp probes dashboards notebooks tests
 # Options for the command that a target runs, as in: make demo DEMO_ARGS="--no-browser --port 8060"
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+NOTEBOOK_ARGS ?= --check
 
 # pytest's 5 is "no test matched", which a chosen `-k` makes normal.
 define pytest
@@ -22,7 +23,7 @@ help: ## this list
 	@touch $@
 
 .venv/.stamp-dev: pyproject.toml constraints.txt interp/_version.py
-	@.ci/environment dashboard,gemma,dev
+	@.ci/environment dashboard,gemma,analysis,notebooks,dev
 	@touch $@ .venv/.stamp-demo
 
 demo: .venv/.stamp-demo ## the main job on a real model, and its dashboard
@@ -40,6 +41,9 @@ test-slow: .venv/.stamp-dev ## the tests that take over ten seconds: trainings, 
 
 test-real: .venv/.stamp-dev ## the tests on real weights
 	$(call pytest,-m real)
+
+notebooks: .venv/.stamp-dev ## run every notebook; nothing is written
+	$(BIN)/python notebooks/_build.py $(NOTEBOOK_ARGS)
 
 lint: .venv/.stamp-dev ## ruff: rules and format
 	$(BIN)/ruff check --output-format concise $(SOURCES)
