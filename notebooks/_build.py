@@ -19,7 +19,6 @@ from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
-from traitlets.config import Config
 
 HERE = Path(__file__).resolve().parent
 AT_ONCE = 2
@@ -34,7 +33,6 @@ SETTINGS = {
     "TQDM_DISABLE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "JUPYTER_PLATFORM_DIRS": "1",
 }
 
 
@@ -79,7 +77,7 @@ def execute(notebook: Any, limit: float) -> float:
     with tempfile.TemporaryDirectory() as profile:
         client = NotebookClient(
             notebook, timeout=int(limit), kernel_name="python3", store_widget_state=False, coalesce_streams=True,
-            resources={"metadata": {"path": str(HERE)}}, config=Config({"KernelManager": {"transport": "ipc"}} if os.name == "posix" else {}),
+            resources={"metadata": {"path": str(HERE)}},
         )  # fmt: skip
         start = time.monotonic()
         # Its own profile: no start-up file of somebody's IPython may decide what a notebook shows.
