@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from _results import result, table, where
+import _readme_vision
+from _results import RESULTS, result, table, where
 
 DOSES = (0, 1, 3, 10, 30)
 
@@ -15,6 +16,8 @@ def section() -> str:
         "masking is the evidence. All figures are of these models and these inputs."
     )
     parts = [smollm2(result("proof_smollm2")), gemma(result("proof_gemma")), deit(result("proof_deit"))]
+    if (RESULTS / "proof_vision.json").exists():
+        parts.append(_readme_vision.vision(result("proof_vision")))
     return "\n\n".join([head, *parts])
 
 

@@ -78,7 +78,7 @@ def test_permutations_of_an_unrelated_score_cover_it() -> None:
 
 
 def test_an_interval_leaves_missing_draws_out() -> None:
-    assert interval(np.array([0.0, 1.0, np.nan])) == [0.025, 0.975]
+    assert interval(np.array([0.0, 1.0, np.nan])) == pytest.approx([0.025, 0.975])
 
 
 @pytest.mark.parametrize(("call", "words"), [
