@@ -1,6 +1,6 @@
 # Every target makes the virtual environment it needs (see .ci/environment); PYTHON=... picks another interpreter.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-slow test-real notebooks lint fmt types bench clean
+.PHONY: help demo test test-fast test-slow test-real notebooks lint fmt types docs bench clean
 
 BIN := .venv/bin
 SOURCES := headscope.py interp probes dashboards notebooks tests
@@ -25,6 +25,10 @@ help: ## this list
 .venv/.stamp-dev: pyproject.toml constraints.txt interp/_version.py
 	@.ci/environment dashboard,gemma,analysis,notebooks,dev
 	@touch $@ .venv/.stamp-demo
+
+.venv/.stamp-docs: pyproject.toml constraints.txt interp/_version.py
+	@.ci/environment dashboard,gemma,dev,docs
+	@touch $@ .venv/.stamp-demo .venv/.stamp-dev
 
 demo: .venv/.stamp-demo ## the main job on a real model, and its dashboard
 	$(BIN)/headscope demo $(DEMO_ARGS)
@@ -55,6 +59,9 @@ fmt: .venv/.stamp-dev ## format, and fix what can be fixed
 
 types: .venv/.stamp-dev ## pyright, strict on interp/
 	$(BIN)/pyright --project pyproject.toml
+
+docs: .venv/.stamp-docs ## the documentation in out/docs, warnings as errors
+	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: .venv/.stamp-dev ## every benchmark, recorded in tests/benchmarks/results
 	@for file in tests/benchmarks/bench_*.py; do echo "-- $$file"; $(BIN)/python $$file $(BENCH_ARGS) || exit 1; done
