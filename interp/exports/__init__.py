@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
+    "PruneError": "prune_plan", "Pruned": "prune", "prune_heads": "prune",
     "ExportError": "maps", "bertviz_inputs": "bertviz", "circuitsvis_inputs": "circuitsvis", "write_headvis": "headvis",
 }  # fmt: skip
 
