@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from interp import cli_common as common
-from interp.cli_analysis import diff, rank_data
+from interp.cli_analysis import diff, list_scores, rank_data
 from interp.cli_common import (
     DeviceOption,
     DTypeOption,
@@ -175,8 +175,9 @@ def trace(
 @app.command(epilog="Example: headscope score MODEL induction --top 10 --out induction.csv")
 @friendly
 def score(
-    model: ModelName,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="One of `headscope scores`.")],
+    model: ModelName = "",
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="One of --list, or several.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Show what there is and what each needs, then leave.")] = False,
     top: Annotated[int, typer.Option(min=1, help="How many heads to show.")] = 20,
     out: Annotated[Path | None, typer.Option(help="Write all heads to this .csv or .json file.")] = None,
     dtype: DTypeOption = None,
@@ -184,22 +185,35 @@ def score(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Score every head of a model on the score's own probe."""
+    """Score every head of a model, each score on its own probe."""
+    if list_:
+        list_scores(as_json)
+        return
     from interp import analysis
 
+    names = names or []
+    if not model or not names:
+        raise UsageError(f"MODEL and NAME must be given (--list shows the names), got {model or 'none'}")
     known = [entry.name for entry in analysis.scores()]
-    if name not in known:
-        raise UsageError(f"NAME must be one of {', '.join(known)}, got {name!r}")
+    for name in names:
+        if name not in known:
+            raise UsageError(f"NAME must be one of {', '.join(known)}, got {name!r}")
     if out is not None and out.suffix not in (".csv", ".json"):
         raise UsageError(f"--out must end in .csv or .json, got {out}")
+    if out is not None and len(names) > 1:
+        raise UsageError(f"--out must be left out for several scores, got {len(names)}: it holds one")
     loaded = common.load_model(model, dtype, device, trust_remote_code)
-    result = analysis.score(name, loaded)
-    _write_score(result, out)
+    found: list[dict[str, Any]] = []
+    for name in names:
+        result = analysis.score(name, loaded)
+        _write_score(result, out)
+        if as_json:
+            found.append(_score_json(result, top))
+        else:
+            _show_score(result, top)
     if as_json:
-        common.show_json(_score_json(result, top))
-        return
-    _show_score(result, top)
-    if out is not None:
+        common.show_json(found[0] if len(found) == 1 else found)
+    elif out is not None:
         typer.echo(f"written to {out}")
 
 
@@ -232,17 +246,8 @@ def _show_score(result: Any, top: int) -> None:
 @app.command(epilog="Example: headscope scores --json")
 @friendly
 def scores(as_json: JsonOption = False) -> None:
-    """List the scores."""
-    from interp import analysis
-
-    found = analysis.scores()
-    if as_json:
-        common.show_json(
-            [{**entry._asdict(), "settings": {k: str(v) for k, v in entry.settings.items()}} for entry in found]
-        )
-        return
-    rows = [(e.name, e.summary, e.unit, ", ".join(e.stacks), e.probe, e.needs) for e in found]
-    common.show(common.table("Scores", ("name", "what", "unit", "stacks", "probe", "needs"), rows))
+    """List the scores and analyses, as `headscope score --list`."""
+    list_scores(as_json)
 
 
 app.command(epilog="Example: headscope sweep MODEL --kind mean --folder out/sweep")(sweep)

@@ -1,4 +1,4 @@
-"""The commands ``headscope diff`` and ``headscope rank-data``."""
+"""The commands ``headscope diff`` and ``headscope rank-data``, and the list of scores."""
 
 from __future__ import annotations
 
@@ -12,6 +12,31 @@ from interp import cli_common as common
 from interp.cli_common import DeviceOption, DTypeOption, JsonOption, ModelName, TrustOption, UsageError, friendly
 
 FIGURES = (".html", ".pdf", ".svg")
+
+
+def list_scores(as_json: bool) -> None:
+    """Print every score, and every analysis that gives no number a head, with what it needs."""
+    from interp import analysis
+
+    scores, others = analysis.scores(), analysis.analyses()
+    if as_json:
+        rows: list[dict[str, Any]] = []
+        for kind, found in (("score", scores), ("analysis", others)):
+            rows += [
+                {"kind": kind, **e._asdict(), "settings": {k: str(v) for k, v in e.settings.items()}} for e in found
+            ]
+        common.show_json(rows)
+        return
+    cells = [(e.name, e.summary, e.unit, ", ".join(e.stacks), e.probe, e.needs or "any model") for e in scores]
+    common.show(common.table("Scores", ("name", "what", "unit", "stacks", "probe", "needs"), cells))
+    cells = [(e.name, e.module.removeprefix("interp.analysis."), e.summary, e.unit, e.needs) for e in others]
+    common.show(
+        common.table(
+            "Analyses that give no number a head: from interp.analysis.<module> import <name>",
+            ("name", "module", "what", "unit", "needs"),
+            cells,
+        )
+    )
 
 
 @friendly

@@ -119,11 +119,30 @@ def test_score_prints_and_writes(llama: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "s.json").read_text())["heads"][:3] == told["heads"]
     refused(run("score", llama, "nonsense"), "NAME", "induction", "'nonsense'")
     refused(run("score", llama, "induction", "--out", "x.xlsx"), "--out", ".csv")
+    refused(run("score", llama, "sink", "entropy", "--out", "x.csv"), "--out", "several", "got 2")
+    refused(run("score"), "MODEL and NAME", "--list", "got none")
+    refused(run("score", llama), "MODEL and NAME", "--list")
+
+
+def test_several_scores_in_one_go(llama: str) -> None:
+    told = json.loads(run("score", llama, "sink", "previous_token", "--json").stdout)
+    assert [one["name"] for one in told] == ["sink", "previous_token"]
+    assert told[1] == json.loads(run("score", llama, "previous_token", "--json").stdout)
+    shown = run("score", llama, "sink", "previous_token").stdout
+    assert shown.index("sink, ") < shown.index("previous_token, ")
 
 
 def test_lists() -> None:
     assert {"induction", "retrieval"} <= {entry["name"] for entry in json.loads(run("scores", "--json").stdout)}
     assert "MaskHeads" in {entry["name"] for entry in json.loads(run("interventions", "--json").stdout)}
+    listed = run("score", "--list")
+    assert listed.exit_code == 0 and listed.stdout == run("scores").stdout
+    assert "rollout" in listed.stdout and "relevancy" in listed.stdout
+    entries = {entry["name"]: entry for entry in json.loads(run("score", "--list", "--json").stdout)}
+    assert (entries["image_mass"]["kind"], entries["image_mass"]["needs"]) == ("score", "a vision-language model")
+    assert entries["rollout"]["kind"] == "analysis" and all(
+        e["needs"] for e in entries.values() if e["kind"] == "analysis"
+    )
     assert "induction" in run("scores").stdout and "MaskHeads" in run("interventions").stdout
 
 
