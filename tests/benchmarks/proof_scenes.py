@@ -13,8 +13,10 @@ Then CHAIR, as it is and at matched length and recall, and POPE, where a method 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
+import zlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -31,6 +33,7 @@ from interp.evaluation.correction import Tested, by_unit, max_t
 from interp.evaluation.forced import mention_point, scene_margins
 from interp.evaluation.pope import scene_pope
 from interp.evaluation.tasks import Statistics
+from interp.files import write_whole
 from interp.models.anatomy import anatomy
 
 GRIDS: dict[str, tuple[str, ...]] = {
@@ -51,12 +54,22 @@ DOSES = (4, 1, 2, 8)
 CONTROLS = 3
 RECALL_LOSS = 0.03
 CLARITIES = (1.0, 0.7, 0.4)
+CHOSEN = "chosen.json"
 say = partial(print, flush=True)
+
+
+keep: Path | None = None
+"""Folder of the answers, so that a run that was cut off goes on."""
 
 
 def run(model: Any, task: Any, settings: Sequence[Setting], batch: int, how: Statistics) -> Evaluation:
     begun = time.perf_counter()
-    result = evaluate(model, task, settings, batch=batch, how=how, refuse=False)
+    said = task.describe()
+    folder = (
+        keep
+        and keep / f"{task.name}-{said.get('split', '')}-{zlib.crc32(json.dumps(said, sort_keys=True).encode()):08x}"
+    )
+    result = evaluate(model, task, settings, folder=folder, batch=batch, how=how, refuse=False)
     say(f"{task.name} {task.describe().get('split')}: {len(result.rows)} settings x {len(result.found[result.rows[0].setting.key])}"
         f" samples, {time.perf_counter() - begun:.0f} s")  # fmt: skip
     return result
@@ -236,6 +249,11 @@ def _interval(values: Sequence[float] | None, digits: int) -> str:
     return "" if values is None else "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*values, d=digits)
 
 
+def shown(settings: Sequence[Setting], kinds: dict[str, str]) -> list[Setting]:
+    """Those of the surface."""
+    return [s for s in settings if kinds[s.name] != "random heads" and s.beams == 1]
+
+
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="scenes-lvlm")
@@ -243,13 +261,19 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--dev", type=int, default=500, help="scenes for tuning (with --n below 1000: half of it)")
     parser.add_argument("--pope", type=int, default=150, help="images of POPE, 18 questions each")
     parser.add_argument("--surface", type=int, default=20, help="scenes a pair and clarity")
-    parser.add_argument("--batch", type=int, default=500)
+    parser.add_argument("--batch", type=int, default=750)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resamples", type=int, default=1000)
     parser.add_argument(
         "--smoke", action="store_true", help="first settings of each grid, few heads; nothing is recorded"
     )
     parser.add_argument("--markdown", type=Path, help="also write the table here")
+    parser.add_argument("--keep", type=Path, help="a folder of the answers: a run that was cut off goes on")
+    parser.add_argument(
+        "--second",
+        action="store_true",
+        help="beside a first run with the same --keep, on another GPU: does its last parts",
+    )
     o = parser.parse_args(arguments)
     small = o.n < 1000
     dev, half = (max(2, o.n // 2) if small else o.dev), max(1, o.n // 2)
@@ -257,6 +281,19 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     how, quick, batch = Statistics(o.resamples), Statistics(100), min(o.batch, 8 if o.device == "cpu" else o.batch)
     model = interp.load(o.model, device=o.device, dtype="float32")
     begun = time.perf_counter()
+    global keep  # noqa: PLW0603  # of the whole run
+    keep = o.keep
+    if o.second:
+        if keep is None:
+            parser.error("--second needs the --keep of the first run")
+        while not (keep / CHOSEN).is_file():
+            time.sleep(1)
+        kinds = json.loads((keep / CHOSEN).read_text())
+        settings = [parse_setting(name) for name in kinds if name != "greedy"]
+        run(model, scene_captions("against", half, seed=1), settings, batch, quick)
+        run(model, scene_pope(n_pope, seed=1, batch=batch), settings, batch, quick)
+        surface(model, shown(settings, kinds), n_surface, batch, quick)
+        return []
 
     # Heads are ranked on other dev scenes than settings are chosen on.
     if o.smoke:
@@ -290,14 +327,15 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
             controls = [random_control(chosen, seed) for seed in range(1 if o.smoke else CONTROLS)]
             settings += controls
             kinds |= {c.name: "random heads" for c in controls}
+    if keep is not None:
+        write_whole(keep / CHOSEN, json.dumps(kinds))
     margin = {
         s: run(model, scene_margins(s, half, seed=1, batch=batch), settings, batch, how) for s in ("test", "against")
     }
     chair = {s: run(model, scene_captions(s, half, seed=1), settings, batch, how) for s in ("test", "against")}
     pope = run(model, scene_pope(n_pope, seed=1, batch=batch), settings, batch, how)
     rows += confirmed(kinds, margin, chair, pope)
-    shown = [s for s in settings if kinds[s.name] != "random heads" and s.beams == 1]
-    rows += surface(model, shown, n_surface, batch, quick)
+    rows += surface(model, shown(settings, kinds), n_surface, batch, quick)
     rows.append({"what": "cost", "seconds": time.perf_counter() - begun, "device": margin["test"].about["machine"]})
     text = "\n".join(markdown(rows))
     say(text)
