@@ -22,6 +22,9 @@ _HOMES = {
     "ScaleHeads": "interp.interventions", "Streaming": "interp.interventions", "Temperature": "interp.interventions",
     "TopKMask": "interp.interventions", "GateHeads": "interp.interventions", "PatchHeads": "interp.interventions",
     "AddToHeads": "interp.interventions",
+    "from_activation_cache": "interp.tracing.transformer_lens", "to_activation_cache": "interp.tracing.transformer_lens",
+    "heads_from_lens": "interp.scores_lens", "heads_to_lens": "interp.scores_lens",
+    "scores_from_lens": "interp.scores_lens", "scores_to_lens": "interp.scores_lens",
     "check": "interp.checking",
 }  # fmt: skip
 

@@ -27,12 +27,20 @@ def head_detector(
 ) -> xr.DataArray:
     """Likeness of every head's map A to a pattern D, as TransformerLens' ``detect_head``, https://github.com/TransformerLensOrg/TransformerLens.
 
-    ``mul``: ``sum(A * D) / sum(A)``. ``abs``: ``1 - mean over rows of sum_j |A_ij - D_ij|``, here not rounded. The options set the first
-    column or the diagonal of A to 0 before both sums; A itself is never changed (there it is, in the cache), and every sequence of a list
-    is treated alike (there a list loses its options).
+    ``mul``: ``sum(A * D) / sum(A)``, the options setting the first column or the diagonal of A to 0 before both sums. ``abs``: ``1 -
+    mean over rows of sum_j |A_ij - D_ij|``, the options leaving those differences out. Equal to ``detect_head`` of TransformerLens 4.3
+    on the same tokens (tested on GPT-2, Llama and Gemma shapes), but for its rounding of ``abs`` to 3 decimals. Its pitfalls:
 
-    When not to use: ``mul`` counts rows in which the pattern is empty, so a perfect previous-token head has ``(T - 1) / T``; the scores of
-    the same names (``interp.score("induction", ...)``) do not, are linear in length, and have controls.
+    - ``mul`` counts rows in which D is empty: a perfect previous-token head has ``(T - 1) / T``, a perfect induction head on ``[x; x]``
+      under one half. Compare heads on one sequence, not numbers across lengths.
+    - It takes text and puts a BOS before it unless the tokenizer does; here the inputs are taken as they are. With ``exclude_bos`` it
+      drops position 0, whatever stands there.
+    - Padding is not considered (refused here); heads not asked for get -1 (``missing=-1`` of :func:`interp.scores_from_lens`); scores
+      are in the model's dtype.
+    - Before 4.3 ``mul`` wrote the options into the cache it was given, and a list of sequences lost its options.
+
+    When not to use: the scores of the same names (``interp.score("induction", ...)``) leave out empty rows, are linear in length, and
+    have controls.
 
     Args:
         model: an :class:`interp.Model` or a transformers model.
@@ -106,8 +114,8 @@ def likeness(
         kept[:, 0] = 0
     if exclude_current:
         np.fill_diagonal(kept, 0)
-    a = a * kept
     if measure == "abs":
-        return 1 - np.abs(a - pattern).sum((-1, -2)) / a.shape[-1]
+        return 1 - (np.abs(a - pattern) * kept).sum((-1, -2)) / a.shape[-1]
+    a = a * kept
     total = a.sum((-1, -2))
     return np.where(total > 0, (a * pattern).sum((-1, -2)) / np.where(total > 0, total, 1), np.nan)

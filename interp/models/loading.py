@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from interp.models.base_edit import FILE, attach, chat_by_default, read
+from interp.models.bridge import is_bridge
 from interp.models.cache import manifest
 from interp.models.classes import model_class
 from interp.models.errors import LoadError
@@ -50,7 +51,8 @@ def load(
             - a local folder as ``save_pretrained`` writes it, or with one GGUF file;
             - a ``.gguf`` file (converted once into the cache: ``$HEADSCOPE_CACHE`` or ``~/.cache/headscope``);
             - a hub id, the only source that uses the network (a GGUF file of it with ``gguf_file=``);
-            - a loaded ``PreTrainedModel``, PEFT or compiled wrapper, or pipeline: used as it is, not copied.
+            - a loaded ``PreTrainedModel``, PEFT or compiled wrapper, or pipeline: used as it is, not copied;
+            - a TransformerLens ``TransformerBridge``: the transformers model under it, on the same weights.
         processor: a processor, image processor or tokenizer, instead of the one beside the weights.
         tokenizer: a tokenizer, instead of the processor's own.
         dtype: default: the checkpoint's own, except that fp16 weights become fp32 on a CPU. fp32 for GGUF files.
@@ -105,7 +107,7 @@ def load(
 
 def _loaded(source: Any, processor: Any, tokenizer: Any, dtype: Any, device: Any) -> Model:
     # Pipelines hold their processor in parts, under the names that our own Model has.
-    if not isinstance(source, torch.nn.Module):
+    if not isinstance(source, torch.nn.Module) or is_bridge(source):
         parts = (getattr(source, part, None) for part in ("processor", "image_processor", "feature_extractor"))
         processor = processor if processor is not None else next((p for p in parts if p is not None), None)
         tokenizer = tokenizer if tokenizer is not None else getattr(source, "tokenizer", None)

@@ -10,6 +10,7 @@ from torch import nn
 
 from interp.models.base_edit import BaseEdit
 from interp.models.base_edit import of as base_edit_of
+from interp.models.bridge import is_bridge, plain
 from interp.models.encoding import encode
 from interp.models.errors import LoadError, ModelInputError
 
@@ -209,7 +210,8 @@ def unwrap(model: Any) -> PreTrainedModel:
     """The ``PreTrainedModel`` inside ``model``.
 
     Takes a :class:`Model`, a ``PreTrainedModel``, a transformers pipeline, and any ``nn.Module`` that holds one
-    ``PreTrainedModel`` at its root: PEFT models, compiled modules, ``DistributedDataParallel``, value-head wrappers.
+    ``PreTrainedModel`` at its root: PEFT models, compiled modules, ``DistributedDataParallel``, value-head wrappers. A
+    TransformerLens bridge gives the model under it (see :mod:`interp.models.bridge`).
 
     Raises:
         LoadError: it holds none, or several side by side.
@@ -245,6 +247,8 @@ def missing(model: Model, what: str) -> str:
 def _callable(model: Any) -> Any:
     if isinstance(model, Model):
         return model.wrapped
+    if is_bridge(model):
+        return plain(model)
     if not isinstance(model, nn.Module) and isinstance(getattr(model, "model", None), nn.Module):
         return model.model
     return model

@@ -45,7 +45,7 @@ def site_call(
                 f"attention mask at {site.name} must be [batch, head, query, key], got shape {tuple(given.shape)}"
             )
         visible, extra = _dense(given[..., :n_keys].to(query.device), n_queries)
-        bias = extra if bias is None or extra is None else bias + extra
+        bias = extra if bias is None else bias if extra is None else bias + extra
         mask = Mask(dense=visible, q_offset=start, kv_offset=0 if decoder else chunk[1], cross=site.cross)
     else:
         causal = not site.cross and n_queries > 1 and _is_causal(module, options)

@@ -23,7 +23,7 @@ from interp.attention import Edit, Gain, attend, combine, is_neutral
 from interp.models.anatomy import Anatomy, Site, anatomy
 from interp.models.base_edit import HOLDS, BaseEdit
 from interp.models.model import unwrap
-from interp.tracing import dispatch
+from interp.tracing import bridge_link, dispatch
 from interp.tracing.call_arguments import decodes, site_call
 from interp.tracing.calls import Intervention, RunState, SiteCall
 from interp.tracing.capture import Capture, Selection
@@ -190,7 +190,8 @@ def hooked(
     >>> run.trace["text"].entropy  # doctest: +SKIP
 
     Args:
-        model: an :class:`interp.Model`, a ``PreTrainedModel``, or what wraps one (PEFT, pipeline, ``torch.compile``).
+        model: an :class:`interp.Model`, a ``PreTrainedModel``, or what wraps one (PEFT, pipeline, ``torch.compile``, a
+            TransformerLens bridge: calls of the bridge count, too).
         capture: what to keep; None keeps nothing.
         interventions: policies, applied in order after those of enclosing sessions.
         backend: of the attention op, for calls that are edited or read (see :func:`interp.attention.attend`).
@@ -277,6 +278,7 @@ class Installation:
         self.generating: set[int] = set()
         self.known: set[int] = set()
         self._placed = False
+        self._unlink: Callable[[], None] = lambda: None
 
     def held_by_this_thread(self) -> None:
         self.thread, self.thread_name = threading.get_ident(), threading.current_thread().name
@@ -305,6 +307,7 @@ class Installation:
                 self.handles.append(sub.register_forward_hook(disable(self._leave), with_kwargs=True, always_call=True))
         if callable(getattr(self.module, "generate", None)):
             self._wrap_generate()
+        self._unlink = bridge_link.link(self.module, self.sites.values(), self._enter, self._leave)
 
     def watch_sites(self) -> None:
         """Notice where a site begins whose rows and keys may come in several calls: for sessions that look at them.
@@ -330,6 +333,7 @@ class Installation:
             handle.remove()
         self.handles.clear()
         self._unwatch()
+        self._unlink()
         if self._placed:
             dispatch.remove(self.modules, self.configs)
             self._placed = False
