@@ -17,13 +17,14 @@ import os
 import shutil
 from collections.abc import Generator, Hashable, Mapping
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 import numpy as np
 import xarray as xr
 
 from interp.files import jsonable, local_path, sibling
+from interp.tracing.stored_metadata import METADATA, bad_key, bad_metadata, bad_record, size_of
 
 if TYPE_CHECKING:
     from interp.tracing.zarr_files import TraceWriter
@@ -119,26 +120,40 @@ def open_tree(path: str | os.PathLike[str], *, verify: Verify = "content") -> xr
     root = local_path(path)
     records = read_manifest(root)
     for key, record in records.items():
-        if verify == "full":
-            read_file(root, key, record)
-            continue
-        try:
-            size = (root / key).stat().st_size
-        except (FileNotFoundError, NotADirectoryError):
-            raise DamagedTrace(f"{root} is damaged: the file {key} is missing") from None
+        size = size_of(root, key)
+        if size is None:
+            raise DamagedTrace(f"{root} is damaged: the file {key} is missing, or no plain file of this folder")
         if size != record["size"]:
             raise DamagedTrace(f"{root} is damaged: {key} has {size} bytes, but {record['size']} were written")
+        if verify == "full":
+            read_file(root, key, record)
+    for key, record in records.items():
+        if key.rpartition("/")[2] == METADATA:
+            wrong = bad_metadata(read_file(root, key, record, check=verify != "sizes"))
+            if wrong:
+                raise DamagedTrace(f"{root} is damaged: {key} {wrong}")
     reader = zarr_files.TraceReader(root, records, check=verify != "sizes")
-    tree = xr.open_datatree(
-        reader,  # pyright: ignore[reportArgumentType]
-        engine="zarr",
-        chunks=None,
-        consolidated=False,
-        # Units such as "seconds" are for people here: never turn readings into dates.
-        decode_times=False,
-        decode_timedelta=False,
-    )
-    return _in_order(tree, list(records))
+    try:
+        tree = xr.open_datatree(
+            reader,  # pyright: ignore[reportArgumentType]
+            engine="zarr",
+            # Never 2, whose metadata may name decoders that run code.
+            zarr_format=3,
+            chunks=None,
+            consolidated=False,
+            # Units such as "seconds" are for people here: never turn readings into dates.
+            decode_times=False,
+            decode_timedelta=False,
+        )
+        return _in_order(tree, list(records))
+    except Exception as error:
+        # The system's own word on a file stays; zarr's "not found" is an OSError without a number.
+        if isinstance(error, TraceStoreError) or (isinstance(error, OSError) and error.errno is not None):
+            raise
+        # Whatever zarr and xarray say of metadata that has the right checksums and that no Headscope wrote.
+        raise DamagedTrace(
+            f"{root} is damaged: what its metadata says does not fit together ({type(error).__name__}: {error})"
+        ) from error
 
 
 def read_manifest(root: Path) -> dict[str, FileRecord]:
@@ -153,13 +168,12 @@ def read_manifest(root: Path) -> dict[str, FileRecord]:
         raise NotATrace(f"there is no trace at {root}{hint}")
     if not root.is_dir():
         raise NotATrace(f"{root} is a file, and a trace is a folder (unpack it first if this is an archive)")
-    try:
-        text = (root / MANIFEST).read_bytes()
-    except FileNotFoundError:
-        raise NotATrace(f"{root} is not a trace: it has no {MANIFEST}") from None
+    if size_of(root, MANIFEST) is None:
+        raise NotATrace(f"{root} is not a trace: it has no {MANIFEST}")
+    text = (root / MANIFEST).read_bytes()
     try:
         manifest: Any = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedTrace(f"{root} is damaged: {MANIFEST} is not readable ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise NotATrace(f"{root} is not a trace: {MANIFEST} does not name the format {FORMAT!r}")
@@ -173,9 +187,13 @@ def read_manifest(root: Path) -> dict[str, FileRecord]:
     # Without its own checksum a changed file name in here would make Zarr see a missing chunk, that is NaN.
     if not isinstance(files, dict) or manifest.get("sha256") != _digest(files):
         raise DamagedTrace(f"{root} is damaged: {MANIFEST} was changed after it was written (SHA-256 differs)")
-    for key in files:
-        if PurePosixPath(key).is_absolute() or ".." in PurePosixPath(key).parts:
-            raise DamagedTrace(f"{root} is damaged: {MANIFEST} names {key!r}, which is outside the trace")
+    for key, record in files.items():
+        wrong = bad_key(key)
+        if wrong:
+            raise DamagedTrace(f"{root} is damaged: {MANIFEST} names {wrong}")
+        wrong = bad_record(record)
+        if wrong:
+            raise DamagedTrace(f"{root} is damaged: {MANIFEST}'s entry of {key} {wrong}")
     return files
 
 
