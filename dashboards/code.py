@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +38,8 @@ def _open(workspace: Workspace, run: Run) -> list[str]:
     spec = run.spec
     paths = [str(path) for path in workspace.image_paths(spec["image"])] if spec.get("image") else []
     image = f", image={(paths if len(paths) > 1 else paths[0])!r}" if paths else ""
-    chat = ", chat=True" if spec.get("chat") else ""
-    text = repr(spec["prompt"]) if spec.get("prompt") or not image else "None"
+    chat = ", chat=True" if run.chat else ""
+    text = repr(spec["prompt"]) if run.takes_text and (spec.get("prompt") or not image) else "None"
     lines = [
         "import torch", "", "import interp", "", f"model = interp.load({spec['model']!r})",
         f"inputs = model.encode({text}{image}{chat})",
@@ -62,8 +63,24 @@ def _open(workspace: Workspace, run: Run) -> list[str]:
 def _view(run: Run, view: str, state: Mapping[str, Any]) -> list[str]:
     stack = str(state.get("stack") or next(iter(run.trace)))
     data = f"data = trace[{stack!r}].isel(sample=0)"
+    if view == "importance" and "trace" not in run.spec:
+        head = Head(int(state.get("layer") or 0), int(state.get("head") or 0), stack)
+        lines = [data, *_metric(str(state.get("metric") or ""), stack)]
+        if stack == "vision":  # what the page's button does; in other stacks it prunes kinds of keys
+            call = f"partial_pruning(model, '{head}', [inputs], rings=(1, 2, 4))"
+            lines += ["", "from interp.analysis.partial_pruning import partial_pruning", f"print({call})"]
+        return lines
     if view in ("overview", "map", "importance"):
-        return [data, *_metric(str(state.get("metric") or ""), stack)]
+        lines = [data, *_metric(str(state.get("metric") or ""), stack)]
+        if view == "map" and str(state.get("sx") or "pca") in ("pca", "umap"):
+            method = str(state.get("sx") or "pca")
+            lines += [
+                "", "import numpy as np", "", "from interp.analysis.head_maps import embed",
+                "pooled = data['pooled'].stack(of=('layer', 'head'), block=('query_block', 'key_block'))",
+                "blocks = np.sqrt(pooled.transpose('of', 'block').fillna(0).values.clip(0))",
+                f"places = embed(blocks, {method!r}, seed=0)  # [head, 2]; the page adds this prompt's numbers to the blocks",
+            ]  # fmt: skip
+        return lines
     if view in ("head", "image"):
         head = Head(int(state.get("layer") or 0), int(state.get("head") or 0), stack)
         if "attention" in run.stack(stack).variables:
@@ -86,14 +103,31 @@ def _view(run: Run, view: str, state: Mapping[str, Any]) -> list[str]:
         return [data, "received = (data['received'].sum('query_group') / data['received_rows'].sum('query_group'))  # [layer, head, key]",
                 f"sinks = (received > {float(state.get('thr') or 0.3)}).mean(['layer', 'head'])"]  # fmt: skip
     if view == "workbench":
-        chosen = str(state.get("sel") or "")
-        heads = str(Heads.parse(chosen)) if chosen else "L0H0"
-        return [
-            f"with interp.hooked(model, interventions=[interp.MaskHeads({heads!r})]), torch.no_grad():",
-            "    changed = model.generate(inputs, max_new_tokens=40, do_sample=False)",
-            "print(model.decode(changed[0]))",
-        ]
+        if "trace" in run.spec or not run.takes_text:
+            return ["# the workbench needs a model that generates text"]
+        return _workbench(state)
     return [data]
+
+
+def _workbench(state: Mapping[str, Any]) -> list[str]:
+    """Before and after, with the cards as they stand."""
+    try:
+        cards = json.loads(str(state.get("wb") or "[]"))
+        made = [specs.code(card) for card in cards]
+    except (ValueError, AttributeError, TypeError) as error:
+        raise PageError(f"the workbench's cards cannot be read: {error}") from error
+    if not made and state.get("sel"):
+        made = [f"interp.MaskHeads({str(Heads.parse(str(state['sel'])))!r})"]
+    wish = f"max_new_tokens={int(state.get('wnew') or 32)}, "
+    wish += (
+        f"do_sample=True, temperature={float(state.get('temp') or 1.0)}" if state.get("sample") else "do_sample=False"
+    )
+    return [
+        "prompt = inputs['input_ids'].shape[1]", f"for changes in ([], [{', '.join(made)}]):",
+        f"    torch.manual_seed({int(state.get('seed') or 0)})",
+        "    with interp.hooked(model, interventions=changes), torch.no_grad():",
+        f"        ids = model.generate(inputs, {wish})", "    print(model.decode(ids[0, prompt:]))",
+    ]  # fmt: skip
 
 
 def _metric(metric: str, stack: str) -> list[str]:

@@ -135,9 +135,8 @@ def autoencoder(workspace: Workspace, job: Job) -> dict[str, Any]:
     run, stack = workspace.remake(str(job.spec["run"])), str(job.spec["stack"])
     index, maps = square_maps(run, stack)
     count = min(8, len(index) - 1)
-    job.step(0, 1)
-    fitted = fit_autoencoder(maps, seed=SEED, seconds=60.0)
-    job.step(1, 1)
+    fitted = fit_autoencoder(maps, seed=SEED, seconds=60.0, progress=job.step)
+    job.check()
     pictures, labels = fitted.archetypes(count, seed=SEED)
     found = sorted(((index[labels == n], pictures[n]) for n in range(count)), key=lambda e: -len(e[0]))
     note = (

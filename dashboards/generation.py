@@ -99,6 +99,8 @@ def compare(workspace: Workspace, job: Job) -> dict[str, Any]:
 
     Spec: what :meth:`Workspace.spec` gives, with ``do_sample``, ``temperature`` and ``seed``.
     """
+    from dashboards.workspace import uses_chat
+
     spec = dict(job.spec)
     model = workspace.model(spec["model"])
     if not model.is_generative:
@@ -116,7 +118,7 @@ def compare(workspace: Workspace, job: Job) -> dict[str, Any]:
         runs[side] = run.id
         job.check()
     result = {
-        "prompt": spec["prompt"], "spec": dict(spec), "runs": runs,
+        "prompt": spec["prompt"], "spec": spec | {"chat": uses_chat(model, spec)}, "runs": runs,
         "text": {side: model.decode(ids) for side, ids in sides.items()}, "ids": sides,
         "diff": token_diff(*(_words(model, ids) for ids in sides.values())),
         "same": sides["before"] == sides["after"], "n_tokens": {side: len(ids) for side, ids in sides.items()},
@@ -138,8 +140,7 @@ def _traced(
     """One side as a run, so that its heads can be looked at."""
     import torch
 
-    from dashboards import workspace as w
-    from dashboards.runs import FULL_MAP_BYTES, POOLED, Run, full_bytes, run_id
+    from dashboards.runs import FULL_MAP_BYTES, POOLED, full_bytes, run_id
     from interp.tracing.capture import Capture
     from interp.tracing.session import hooked
 
@@ -160,12 +161,7 @@ def _traced(
         out = model.generate(inputs, streamer=streamer, stopping_criteria=stopping(job), **options)
     if job.cancel.is_set():
         raise Cancelled
-    run = Run(run_id(identity), kept, session.trace, f"{w._title(kept)}", ids=out[0].tolist(), prompt_length=prompt)  # pyright: ignore[reportPrivateUsage]
-    run.answer = model.decode(run.ids[prompt:]) if run.ids else ""
-    run.images = w.images_of(spec)
-    run.kv_groups = w._kv_groups(model)  # pyright: ignore[reportPrivateUsage]
-    workspace.keep_run(run)
-    return run
+    return workspace.keep_made(kept, model, session.trace, out[0].tolist(), prompt, run_id(identity))
 
 
 def effect(
@@ -255,8 +251,10 @@ def verdict(result: Mapping[str, Any]) -> str:
     line += f", matched random heads by {low:+.3f} to {high:+.3f}"
     if low <= change <= high:
         return f"{line}. No effect beyond that of random heads."
-    more = abs(change) > max(abs(low), abs(high))
-    return f"{line}. {'More than random heads do.' if more else 'Outside what random heads do, and not larger.'}"
+    if abs(change) > max(abs(low), abs(high)):
+        return f"{line}. More than random heads do."
+    less = abs(change) < min(abs(v) for v in others)
+    return f"{line}. {'Less than random heads do.' if less else 'Outside what random heads do, and not larger.'}"
 
 
 def _words(model: Any, ids: Sequence[int]) -> list[str]:

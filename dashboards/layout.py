@@ -8,7 +8,7 @@ from typing import Any
 import dash_mantine_components as dmc
 from dash import dcc, html
 
-from dashboards.layout_views import VIEWS, aria, button, views
+from dashboards.layout_views import VIEWS, aria, button, select, views
 
 PROMPT = "Once upon a time, there was a little girl named Lily. She loved to play outside."
 HELP = (
@@ -30,7 +30,7 @@ def layout(models: Sequence[str], prompt: str = PROMPT) -> Any:
                 html.Div(id="problems", role="alert"),
                 html.Div(id="status", role="status", **LIVE),
                 html.Div(id="answer", hidden=True),
-                html.Div([_side(), html.Main([_tabs(), *views()])], className="hs-main"),
+                html.Div([_side(), html.Main([_tabs(), _welcome(), *views()])], className="hs-main"),
                 *_sheets(),
                 html.Div(id="live", className="visually-hidden", **LIVE),
                 dcc.Store(id="state", data={}),
@@ -129,7 +129,10 @@ def _prompt(prompt: str) -> Any:
                         style={"margin": 0},
                     ),
                     dmc.NumberInput(id="c-new", label="New tokens", value=24, min=0, max=4096, size="xs", w=90),
-                    dmc.Switch(id="c-chat", label="chat", size="xs", checked=False, mb=4),
+                    html.Span(
+                        dmc.Switch(id="c-chat", label="chat", size="xs", checked=True, mb=4),
+                        title="put the prompt in the model's chat template, where it has one",
+                    ),
                     button("Trace", "trace", strong=True, title="Ctrl-Enter in the prompt"),
                 ],
                 className="hs-row hs-end",
@@ -144,11 +147,30 @@ def _tabs() -> Any:
     return html.Div(
         [
             dmc.SegmentedControl(id="c-view", data=data, value="overview", size="xs"),
-            dmc.SegmentedControl(
-                id="c-stack", data=[{"value": "text", "label": "text"}], value="text", size="xs", color="blue"
+            html.Div(
+                dmc.SegmentedControl(id="c-stack", data=[{"value": "text", "label": "text"}], value="text", size="xs"),
+                **aria("stacks"),
             ),
+            html.Div(select("c-metric", "Colour and order by"), id="metric-box"),
         ],
-        className="hs-row",
+        className="hs-row hs-end",
+    )
+
+
+def _welcome() -> Any:
+    steps = (
+        "Pick a model above: bundled ones, folders below --root, or a hub id.",
+        "Write a prompt, and choose a picture where the model takes one.",
+        "Press Trace. Or pick a saved trace under Run.",
+    )
+    return html.Div(
+        [
+            html.H2("Nothing is open yet"),
+            html.Ol([html.Li(step) for step in steps]),
+            html.P("A press on ? lists the keys. Nothing leaves this machine.", className="hs-dim"),
+        ],
+        id="welcome",
+        hidden=True,
     )
 
 

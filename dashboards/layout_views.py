@@ -46,7 +46,8 @@ def views() -> list[Any]:
     return [_overview(), _head(), _image(), _map(), _importance(), _sinks(), _workbench()]
 
 
-def _select(id: str, label: str, data: Any = (), value: str | None = None, width: int = 230) -> Any:
+def select(id: str, label: str, data: Any = (), value: str | None = None, width: int = 230, **more: Any) -> Any:
+    """A picker that is searched by typing."""
     return dmc.Select(
         id=id,
         label=label,
@@ -57,6 +58,7 @@ def _select(id: str, label: str, data: Any = (), value: str | None = None, width
         searchable=True,
         allowDeselect=False,
         maxDropdownHeight=380,
+        **more,
     )
 
 
@@ -75,8 +77,7 @@ def _overview() -> Any:
         [
             html.Div(
                 [
-                    _select("c-metric", "Colour by"),
-                    _select("c-sort", "Heads in a layer", sorts, "none", 170),
+                    select("c-sort", "Heads in a layer", sorts, "none", 170),
                     dmc.NumberInput(
                         id="c-top", label="Top N only (0: all)", value=0, min=0, max=100000, size="xs", w=120
                     ),
@@ -117,7 +118,9 @@ def _head() -> Any:
                     button("+", "zoom-in", title="zoom in"),
                     button("−", "zoom-out", title="zoom out"),
                     button("All", "zoom-all", title="the whole map"),
-                    _select("c-pinrun", "Beside it, the same under", width=210),
+                    select(
+                        "c-pinrun", "Beside it, the head in another run", width=230, clearable=True, placeholder="none"
+                    ),
                 ],
                 className="hs-row hs-end",
             ),
@@ -197,7 +200,7 @@ def _map() -> Any:
         "map",
         [
             html.Div(
-                [_select("c-sx", "Axes: a map, or x", axes, "pca"), _select("c-sy", "y (where x is a number)")],
+                [select("c-sx", "Axes: a map, or x", axes, "pca"), select("c-sy", "y (where x is a number)")],
                 className="hs-row hs-end",
             ),
             html.Div(id="map-note", className="hs-dim", role="status"),
@@ -237,7 +240,7 @@ def _sinks() -> Any:
                     dmc.NumberInput(
                         id="c-thr", label="Threshold", value=0.3, min=0.01, max=1, step=0.05, size="xs", w=100
                     ),
-                    _select("c-rows", "Rows", [{"value": "", "label": "all rows"}], "", 150),
+                    select("c-rows", "Rows", [{"value": "", "label": "all rows"}], "", 150),
                     button("Massive activations", "do-massive"),
                 ],
                 className="hs-row hs-end",

@@ -48,6 +48,8 @@ class Run:
         ids: token ids of prompt and answer, None for a saved trace.
         prompt_length: positions of the prompt in the text stack.
         images: names (SHA-256) of the prompt's pictures.
+        takes_text, chat: whether the model reads text at all, and whether the prompt went through its chat template: the spec
+            holds what was wished, these what was done.
     """
 
     id: str
@@ -59,6 +61,8 @@ class Run:
     prompt_length: int = 0
     images: tuple[str, ...] = ()
     kv_groups: dict[str, int] = field(default_factory=dict[str, int])
+    takes_text: bool = True
+    chat: bool = False
     _made: dict[Any, Any] = field(default_factory=dict[Any, Any])
 
     def stack(self, name: str) -> xr.Dataset:
@@ -178,6 +182,8 @@ class Run:
             "model": self.model_name,
             "stacks": stacks,
             "answer": self.answer,
+            # A model that generates, was asked to, and ended at once.
+            "silent": bool(self.ids is not None and self.spec.get("max_new_tokens") and not self.answer),
             "prompt": self.spec.get("prompt", ""),
             "images": list(self.images),
             "prompt_length": self.prompt_length,

@@ -176,10 +176,31 @@ class Workspace:
         inputs = self.encode(model, plain)
         actions = build_all(plain.get("interventions") or [], model)
         trace, ids, prompt = trace_prompt(model, inputs, plain, actions, streamer, stop)
-        run = Run(run_id(plain), dict(plain), trace, _title(plain), ids=ids, prompt_length=prompt)
-        if ids is not None and model.tokenizer is not None and plain["max_new_tokens"]:
+        return self.keep_made(plain, model, trace, ids, prompt)
+
+    def keep_made(
+        self,
+        spec: Mapping[str, Any],
+        model: Model,
+        trace: Any,
+        ids: list[int] | None,
+        prompt: int,
+        id: str | None = None,
+    ) -> Run:
+        """Show a run that was just traced.
+
+        Args:
+            ids: token ids of prompt and answer; None where the model reads none.
+            prompt: positions of the prompt.
+            id: of the run; None is that of its spec.
+        """
+        takes_text = model.tokenizer is not None
+        title = _title(spec if takes_text else {**spec, "prompt": ""})
+        run = Run(id or run_id(spec), dict(spec), trace, title, ids=ids, prompt_length=prompt, takes_text=takes_text)
+        run.chat = uses_chat(model, spec)
+        if ids is not None and takes_text and spec["max_new_tokens"]:
             run.answer = model.decode(ids[prompt:])
-        run.images = images_of(plain)
+        run.images = images_of(spec)
         run.kv_groups = _kv_groups(model)
         self.keep_run(run)
         return run
@@ -198,8 +219,7 @@ class Workspace:
             raise PageError("prompt must not be empty")
         if text is None and image is None:
             raise PageError(f"{model.name} reads pictures: choose one first")
-        chat = bool(spec.get("chat")) and getattr(model.processor or model.tokenizer, "chat_template", None) is not None
-        inputs = model.encode(text, image, chat=chat)
+        inputs = model.encode(text, image, chat=uses_chat(model, spec))
         ids = inputs.get("input_ids")
         length = 0 if ids is None else int(ids.shape[1])
         problem = too_long(model, length + int(spec.get("max_new_tokens") or 0))
@@ -343,6 +363,13 @@ class Workspace:
 
     def close(self) -> None:
         self.queue.close()
+
+
+def uses_chat(model: Model, spec: Mapping[str, Any]) -> bool:
+    """Whether a prompt goes through the chat template: where the spec wishes it and the model has one."""
+    if not spec.get("chat") or model.tokenizer is None:
+        return False
+    return any(getattr(part, "chat_template", None) is not None for part in (model.processor, model.tokenizer))
 
 
 def images_of(spec: Mapping[str, Any]) -> tuple[str, ...]:

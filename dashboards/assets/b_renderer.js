@@ -45,7 +45,7 @@
     const a = Math.abs(v);
     return a !== 0 && (a < 1e-3 || a >= 1e5) ? v.toExponential(2) : String(Number(v.toPrecision(4)));
   }
-  function headName(stack, layer, head) { return `${stack === "text" ? "" : stack + "."}L${layer}H${head}`; }
+  function headName(stack, layer, head) { return `${!stack || stack === "text" ? "" : stack + "."}L${layer}H${head}`; }
   function visible(token) {
     if (token === "") return "∅";
     const text = String(token).replace(/\n/g, "⏎").replace(/\t/g, "⇥");
@@ -227,7 +227,13 @@
       if (d.current >= 0) this.outline(c, d.current, t.pick, 2.5);
       c.fillStyle = t.dim; c.font = "11px system-ui, sans-serif"; c.textAlign = "right"; c.textBaseline = "middle";
       const every = Math.max(1, Math.ceil(13 / s.h));
-      for (let r = 0; r < d.rows; r += every) c.fillText(d.rowNames ? d.rowNames[r] : "L" + r, s.left - 5, s.top + (r + 0.5) * s.h);
+      for (let r = 0; r < d.rows; r += every) {
+        const mark = d.rowMarks && d.rowMarks[r]; /* "current" or "selected": rows that are heads */
+        if (mark) { c.fillStyle = mark === "current" ? t.pick : t.accent; c.font = "bold 11px system-ui, sans-serif"; }
+        c.fillText(d.rowNames ? d.rowNames[r] : "L" + r, s.left - 5, s.top + (r + 0.5) * s.h);
+        if (mark === "current") { c.strokeStyle = t.pick; c.lineWidth = 2; c.strokeRect(s.left, s.top + r * s.h, d.columns * s.w, s.h); }
+        if (mark) { c.fillStyle = t.dim; c.font = "11px system-ui, sans-serif"; }
+      }
       c.textAlign = "center"; c.textBaseline = "bottom";
       if (d.columnNames && d.slanted) {
         c.textAlign = "left";
@@ -501,7 +507,7 @@
         const [x, y] = this.place(n), v = d.value ? d.value[n] : 0, i = v === v ? Math.max(0, Math.min(254, Math.round(((v - d.low) / (d.high - d.low || 1)) * 254))) : -1;
         c.fillStyle = i < 0 ? t.hatch : `rgb(${l[3 * i]},${l[3 * i + 1]},${l[3 * i + 2]})`;
         c.beginPath(); c.arc(x, y, chosen ? r + 1 : r, 0, 7); c.fill();
-        if (chosen) { c.strokeStyle = t.accent; c.lineWidth = 2; c.stroke(); }
+        if (chosen) { c.strokeStyle = t.accent; c.lineWidth = 2; c.stroke(); } else if (r > 3) { c.strokeStyle = t.line; c.lineWidth = 1; c.stroke(); }
       }
       for (const [n, stroke] of [[this.hover, t.fg], [d.current, t.pick]]) if (n >= 0) { const [x, y] = this.place(n); c.strokeStyle = stroke; c.lineWidth = 2; c.beginPath(); c.arc(x, y, r + 3, 0, 7); c.stroke(); }
       if (this.lasso) { c.strokeStyle = t.accent; c.fillStyle = t.accent; c.beginPath(); this.lasso.forEach((p, i) => (i ? c.lineTo(...p) : c.moveTo(...p))); c.closePath(); c.globalAlpha = 0.12; c.fill(); c.globalAlpha = 1; c.stroke(); }
@@ -582,7 +588,7 @@
     const o = options || {}, most = Math.max(1e-12, ...rows.map((r) => Math.abs(r.value)));
     root.replaceChildren(...rows.map((r) => el("div", { class: "hs-barrow" + (r.strong ? " hs-strong" : "") },
       el("span", { class: "hs-barname", text: r.name, title: r.name }),
-      el("span", { class: "hs-bartrack" }, el("span", { class: "hs-barfill" + (r.value < 0 ? " hs-neg" : ""), style: `width:${((Math.abs(r.value) / most) * 100).toFixed(1)}%` })),
+      el("span", { class: "hs-bartrack" + (o.signed ? " hs-signed" : "") }, el("span", { class: "hs-barfill", style: o.signed ? `width:${((Math.abs(r.value) / most) * 50).toFixed(1)}%;margin-left:${(50 - (r.value < 0 ? (Math.abs(r.value) / most) * 50 : 0)).toFixed(1)}%` : `width:${((Math.abs(r.value) / most) * 100).toFixed(1)}%` })),
       el("span", { class: "hs-barvalue", text: (r.value > 0 && o.signed ? "+" : "") + number(r.value) + (r.note ? ` ${r.note}` : "") }))));
   }
 

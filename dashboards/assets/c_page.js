@@ -3,8 +3,8 @@
   "use strict";
   const R = window.headscopeRender, { el } = R;
   const DEFAULTS = {
-    model: "", run: "", prompt: "", image: "", chat: false, new: 24, view: "overview", stack: "", layer: 0, head: 0, q: null, k: null, dir: "from", metric: "", thumbs: false, sort: "none",
-    top: 0, sel: "", norm: false, hide: false, gamma: 0.5, pin: "", pinrun: "", mean: false, sx: "pca", sy: "", thr: 0.3, rows: "", wb: "", saved: "", zoom: 1,
+    model: "", run: "", prompt: "", image: "", chat: true, new: 24, view: "overview", stack: "", layer: 0, head: 0, q: null, k: null, dir: "from", metric: "", thumbs: false, sort: "none",
+    top: 0, sel: "", norm: false, hide: false, gamma: 0.5, pin: "", pinrun: "", mean: false, sx: "pca", sy: "", thr: 0.3, rows: "", wb: "", wnew: 32, seed: 0, sample: false, temp: 1, saved: "", zoom: 1,
   };
   const VIEWS = ["overview", "head", "image", "map", "importance", "sinks", "workbench"];
   const subscribers = [], marks = {};
@@ -27,7 +27,7 @@
     for (const [key, other] of Object.entries(DEFAULTS)) {
       const v = s[key];
       if (v === other || v === null || v === undefined || v === "" || (key === "prompt" && v.length > 1500)) continue;
-      out.set(key, typeof v === "boolean" ? "1" : String(v));
+      out.set(key, typeof v === "boolean" ? (v ? "1" : "0") : String(v));
     }
     const text = out.toString();
     return location.pathname + (text ? "?" + text : "");
@@ -140,7 +140,9 @@
     if (!info.saved) Object.assign(patch, { prompt: info.prompt, chat: info.chat, new: info.max_new_tokens, image: info.image || "" });
     if (state.q !== null && state.q >= s.queries) patch.q = null;
     props("c-stack", { data: stacks.map((v) => ({ value: v, label: v })), value: stack }); shown.stack = stack;
-    const answer = document.getElementById("answer"); if (answer) { answer.textContent = info.answer ? info.answer : ""; answer.hidden = !info.answer; }
+    document.body.dataset.open = info.id;
+    const answer = document.getElementById("answer"); if (answer) { answer.textContent = info.answer || (info.silent ? "(nothing: the model ended its answer at once)" : ""); answer.hidden = !answer.textContent; answer.classList.toggle("hs-empty", !info.answer); }
+    const welcome = document.getElementById("welcome"); if (welcome) welcome.hidden = true;
     const fresh = state.run !== info.id;
     set(patch, fresh && booted && state.run ? undefined : "replace"); props("state", { data: state });
     await loadOverview();
@@ -211,6 +213,11 @@
     getJson("jobs").then((found) => { for (const j of found.jobs.reverse()) jobs.set(j.id, j); drawJobs(); }).catch(() => {});
   }
   const jobListeners = [];
+  /* By kind of job, what shows its result; views add theirs. A job that was resumed after a restart has nobody who waits for it. */
+  const openers = {
+    run: (j) => openRun(j.result.run),
+    score: async (j) => { if (j.spec.run && (!state.run || state.model !== j.spec.model)) await openRun(j.spec.run); set({ view: "overview", stack: j.result.stack, metric: "s:" + j.result.score }); },
+  };
   function call(job, name, data) { const h = watched.get(job); if (h && h[name]) h[name](data); }
   function drawJobs() {
     const host = document.getElementById("jobs"); if (!host) return;
@@ -218,8 +225,9 @@
     const badge = document.getElementById("jobs-count"); if (badge) badge.textContent = running.length ? `Jobs (${running.length})` : "Jobs";
     host.replaceChildren(...all.slice(0, 30).map((j) => {
       const live = ["queued", "running"].includes(j.state), share = j.total ? Math.round((100 * j.done) / j.total) : j.state === "done" ? 100 : 0;
-      const row = el("div", { class: "hs-job hs-" + j.state }, el("div", {}, el("b", { text: j.title }), el("span", { text: ` ${j.state}${j.total ? ` ${j.done}/${j.total}` : ""}${live && j.eta !== null && j.eta !== undefined ? `, ${j.eta} s to go` : ""}` })));
+      const row = el("div", { class: "hs-job hs-" + j.state }, el("div", {}, el("b", { text: j.title }), el("span", { text: ` ${j.state}${!live && j.seconds ? ` in ${j.seconds.toFixed(1)} s` : ""}${j.total ? ` ${j.done}/${j.total}` : ""}${live && j.eta !== null && j.eta !== undefined ? `, ${j.eta} s to go` : ""}` })));
       if (live) { row.append(el("progress", { max: "100", ...(j.total ? { value: String(share) } : {}), "aria-label": j.title }), el("button", { type: "button", class: "hs-button", text: "Cancel", onclick: () => guard("cancel", () => post(`job/${j.id}/cancel`)) })); }
+      if (j.state === "done" && openers[j.kind]) row.append(el("button", { type: "button", class: "hs-button", text: "Open", "aria-label": `open the result of ${j.title}`, onclick: () => guard("open", async () => { await openers[j.kind](await getJson("job/" + j.id)); props("jobs-drawer", { opened: false }); }) }));
       if (j.error) row.append(el("div", { class: "hs-cause", text: j.error }));
       return row;
     }));
@@ -265,7 +273,7 @@
 
   /* Keyboard. */
   const KEYS = [["← → or h l", "previous / next head"], ["↑ ↓ or k j", "layer up / down"], ["[ ]", "previous / next token"], ["Enter", "open the head"], ["1 … 7", "views"], ["s", "select or unselect the head"], ["p", "pin the head for comparison"], ["n", "row-normalise"], ["x", "hide sink columns"],
-    ["d", "query to key / key to query"], ["t", "thumbnails"], ["/", "search a head, such as L3H1"], ["c", "show code"], ["?", "this sheet"], ["Esc", "unlock, close"]];
+    ["d", "query to key / key to query"], ["t", "thumbnails"], ["/", "search a head, such as L3H1"], ["c", "show code"], ["Ctrl-Enter", "in the prompt: trace it"], ["?", "this sheet"], ["Esc", "unlock, close"]];
   document.addEventListener("keydown", (e) => {
     if (e.ctrlKey || e.metaKey || e.altKey) { if (e.key === "Enter" && e.target.id === "c-prompt") trace(); return; }
     const field = e.target.closest("input, textarea, select, [contenteditable=true], [role=listbox], [role=slider], [role=radiogroup], .ag-root");
@@ -319,8 +327,8 @@
     else {
       if (!state.model && found && found.models.length) { set({ model: found.models[0] }, "replace"); shown.model = found.models[0]; props("c-model", { value: found.models[0] }); }
       const first = found && found.runs[0]; if (first && page.auto) await openRun(first.value);
-      else { if (!state.prompt) { const box = document.getElementById("c-prompt"); if (box && box.value) set({ prompt: box.value }, "replace"); } say("pick a model, write a prompt, and trace it"); }
+      else { if (!state.prompt) { const box = document.getElementById("c-prompt"); if (box && box.value) set({ prompt: box.value }, "replace"); } const w = document.getElementById("welcome"); if (w) w.hidden = false; say(""); }
     }
   }
-  window.hs = { get state() { return state; }, page, set, subscribe, control, ask, getJson, getFloats, post, problem, solved, say, guard, openRun, trace, watch, jobs, jobListeners, parse, list, pack, selected, select, toggle, current, exists, move, KEYS, VIEWS, download, link, addImage, boot, props, wish, loadOverview, refreshPickers, DEFAULTS };
+  window.hs = { get state() { return state; }, page, set, subscribe, control, ask, getJson, getFloats, post, problem, solved, say, guard, openRun, trace, watch, jobs, jobListeners, openers, parse, list, pack, selected, select, toggle, current, exists, move, KEYS, VIEWS, download, link, addImage, boot, props, wish, loadOverview, refreshPickers, DEFAULTS };
 })();

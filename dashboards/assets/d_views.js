@@ -109,8 +109,8 @@
       ready.forEach((m, n) => { const v = m.values[i]; row["m" + n] = v === v ? Number(v.toPrecision(6)) : null; });
       rows.push(row);
     }
-    const columns = [{ field: "id", headerName: "head", pinned: "left", width: 120, filter: "agTextColumnFilter" }, { field: "layer", width: 90, filter: "agNumberColumnFilter" }, { field: "head", width: 90, filter: "agNumberColumnFilter" },
-      ...ready.map((m, n) => ({ field: "m" + n, headerName: m.name, headerTooltip: `${m.definition} (${m.unit})`, filter: "agNumberColumnFilter", width: 150 }))];
+    const columns = [{ field: "id", headerName: "head", pinned: "left", width: 120, filter: "agTextColumnFilter" }, { field: "layer", headerName: "layer", width: 90, filter: "agNumberColumnFilter" }, { field: "head", headerName: "number", width: 100, filter: "agNumberColumnFilter" },
+      ...ready.map((m, n) => ({ field: "m" + n, headerName: m.name, headerTooltip: `${m.definition} (${m.unit})`, filter: "agNumberColumnFilter", width: 150, wrapHeaderText: true, autoHeaderHeight: true }))];
     hs.props("table", { columnDefs: columns, rowData: rows });
   }
   hs.tablePicked = (rows) => {
@@ -123,6 +123,7 @@
   /* ---- chosen head, selection ---- */
   function panel() {
     const s = hs.state, host = $("chosen"); if (!host) return;
+    if (!page.info) { host.replaceChildren(el("p", { class: "hs-empty", text: "The chosen head and the selection will be here." })); return; }
     const name = hs.current(), o = page.overview, group = o && o.kv_group > 1 ? `KV group ${Math.floor(s.head / o.kv_group)}` : "";
     const list = hs.list();
     const chip = (n) => el("span", { class: "hs-chip" }, el("button", { type: "button", text: n, title: "open", onclick: () => { const h = hs.parse(n)[0]; hs.set({ stack: h.stack, layer: h.layer, head: h.head }); } }), el("button", { type: "button", "aria-label": `remove ${n}`, text: "×", onclick: () => hs.toggle(n) }));
@@ -271,7 +272,7 @@
     try {
       const d = await hs.getJson(`run/${page.info.id}/logits/${s.stack}/${s.layer}/${s.head}?row=${s.q === null ? -1 : s.q}`); if (!current()) return;
       const list = (title, rows) => el("div", {}, el("b", { text: title }), ...rows.map(([t, v]) => el("div", { class: "hs-pair" }, el("code", { text: visible(t) }), el("span", { text: number(v) }))));
-      host.replaceChildren(el("h2", { text: "OV: direct logit contribution" }), el("p", { class: "hs-dim", text: `At row ${d.row}; the head writes ${(100 * d.write_share).toFixed(1)} % of the residual's norm.${d.produced ? ` Produced: “${visible(d.produced[0])}” ${number(d.produced[1])} logits.` : ""}` }), el("div", { class: "hs-cols" }, list("more likely", d.up), list("less likely", d.down)));
+      host.replaceChildren(el("h2", { text: "OV: direct logit contribution" }), el("p", { class: "hs-dim", text: `At row ${d.row}; the head writes ${(100 * d.write_share).toFixed(1)} % of the residual's norm.${d.produced ? ` ${d.row + 1 < page.info.prompt_length ? "Next in the prompt" : "Produced"}: “${visible(d.produced[0])}” ${number(d.produced[1])} logits.` : ""}` }), el("div", { class: "hs-cols" }, list("more likely", d.up), list("less likely", d.down)));
     } catch (e) { host.replaceChildren(); throw e; }
   });
   hs.showExamples = () => hs.guard("examples", async (current) => {
@@ -298,6 +299,7 @@
 
   hs.parts = parts;
   hs.subscribe((s, changed) => {
+    if (("view" in changed || "boot" in changed) && $("metric-box")) $("metric-box").hidden = !["overview", "map", "importance"].includes(s.view);
     if ("view" in changed) for (const v of hs.VIEWS) { const n = $("view-" + v); if (n) n.hidden = v !== s.view; }
     if ("stack" in changed && page.info && !changed.run && page.overview && page.overview.stack !== s.stack) {
       const n = page.info.stacks[s.stack]; if (!n) { hs.set({ stack: Object.keys(page.info.stacks)[0] }, "replace"); return; }

@@ -59,6 +59,7 @@
       const name = s.stack === "text" ? `token ${at} “${visible(tokens.queries[at])}”${tokens.produced && tokens.produced[at] ? ` (produces “${visible(tokens.produced[at])}”)` : ""}` : `position ${at} “${visible(tokens.keys[at])}”`;
       $("image-note").textContent = `${to ? "Looked at from" : "Attention of"} ${name}, ${many ? `mean of ${list.length} heads` : hs.current()}: ${number(sum)} of the row is on patches; brightest patch ${number(top)} (scale 0 to that, square root).`;
     }
+    $("image-from").hidden = !to;
     R.colourbar($("image-bar"), 0, top, "viridis", "attention weight", 0.5);
     $("image-panels").dataset.drawn = `${hs.current()}/${at}`;
     const slider = $("step"); if (slider && !slider.disabled && document.activeElement !== slider) slider.value = at;
@@ -88,6 +89,7 @@
       select: (found, add) => lassoed(found.map((n) => embedded.index[n]), add),
     });
     await hs.guard("map", async (current) => {
+      hs.props("c-sy", { disabled: !hs.metric(s.sx) });
       const xm = hs.metric(s.sx), ym = hs.metric(s.sy) || o.metrics.find((m) => m.ready && m !== xm), key = page.info.id + o.stack + s.sx + (xm ? s.sy : "");
       if (!embedded || embedded.key !== key) {
         if (xm && xm.values && ym) {
@@ -131,15 +133,16 @@
     const by = hs.metric(s.metric) && hs.metric(s.metric).ready ? hs.metric(s.metric) : used[0]; if (!by) return;
     const top = hs.ranks(by).order.slice(0, Math.max(5, s.top || 40)), n = used.length, values = new Float32Array(top.length * n), raw = new Float32Array(top.length * n);
     used.forEach((m, j) => { const r = hs.ranks(m); top.forEach((i, row) => { raw[row * n + j] = m.values[i]; values[row * n + j] = m.values[i] === m.values[i] ? 1 - (r.out[i] - 1) / Math.max(1, r.count - 1) : NaN; }); });
-    if (!parts.importance) parts.importance = new R.Grid($("importance-host"), { open: (i) => { const h = parts.importance.heads[Math.floor(i / parts.importance.n)]; hs.set({ layer: Math.floor(h / page.overview.heads), head: h % page.overview.heads }); } });
+    if (!parts.importance) parts.importance = new R.Grid($("importance-host"), { open: (i) => { const h = parts.importance.heads[Math.floor(i / parts.importance.n)]; hs.set({ layer: Math.floor(h / page.overview.heads), head: h % page.overview.heads }); }, toggle: (i) => { const h = parts.importance.heads[Math.floor(i / parts.importance.n)], g = page.overview; hs.toggle(headName(g.stack, Math.floor(h / g.heads), h % g.heads)); } });
     Object.assign(parts.importance, { heads: top, n });
+    const chosen = hs.selected(o.stack), here = s.layer * o.heads + s.head;
     parts.importance.set({
-      rows: top.length, columns: n, values, low: 0, high: 1, palette: "viridis", left: 84, top: 118, cap: 60, capHeight: 17, leastHeight: 15, slanted: true, current: -1, selected: new Set(), pinned: -1, rowNames: top.map((i) => headName(o.stack, Math.floor(i / o.heads), i % o.heads)), columnNames: used.map((m) => m.name),
+      rowMarks: top.map((i) => (i === here ? "current" : chosen.has(i) ? "selected" : "")), rows: top.length, columns: n, values, low: 0, high: 1, palette: "viridis", left: 84, top: 118, cap: 60, capHeight: 17, leastHeight: 15, slanted: true, current: -1, selected: new Set(), pinned: -1, rowNames: top.map((i) => headName(o.stack, Math.floor(i / o.heads), i % o.heads)), columnNames: used.map((m) => m.name),
       tip: (i) => { const row = Math.floor(i / n), m = used[i % n]; return R.rowsNode(headName(o.stack, Math.floor(top[row] / o.heads), top[row] % o.heads), [[m.name, `${number(raw[i])} ${m.unit}`], ["rank", `${hs.ranks(m).out[top[row]]} / ${hs.ranks(m).count}`]]); },
     });
     parts.importance.canvas.setAttribute("aria-label", `${top.length} heads by ${n} metrics, coloured by rank`);
     R.colourbar($("importance-bar"), 0, 1, "viridis", "share of heads that rank lower");
-    $("importance-note").textContent = `The ${top.length} first heads by ${by.name}, under every number there is (${scores.length} computed score${scores.length === 1 ? "" : "s"}; ${o.metrics.length - all.length} more can be computed in the overview).`;
+    $("importance-note").textContent = `The ${top.length} first heads by ${by.name}, under every number there is (${scores.length} computed score${scores.length === 1 ? "" : "s"}; ${o.metrics.length - all.length} more can be computed). A click chooses a head, shift-click selects it.`;
     agreement(used); missing(o);
   }
   const GROUPS = [["Importance", ["ablation", "direct_effect", "logit_attribution", "attribution_patching", "activation_patching", "head_gates", "write_norm", "entry_influence", "vit_importance"]], ["Retrieval and copying", ["induction", "prefix_matching", "copying", "ov_copying", "qk_matching", "retrieval", "query_mass"]], ["Vision", ["vision_aware_divergence", "local_vision_divergence", "image_mass", "image_centric", "visual_sink_share", "grounding"]], ["Shape", ["entropy", "sink", "effective_keys", "top_k_mass", "selection_margin", "attention_distance", "redundancy"]]];
@@ -161,12 +164,16 @@
     parts.agreement.set({ rows: n, columns: n, values, low: -1, high: 1, palette: "blue_red", left: 150, top: 118, cap: 34, capHeight: 24, slanted: true, current: -1, selected: new Set(), pinned: -1, rowNames: used.map((m) => m.name.slice(0, 24)), columnNames: used.map((m) => m.name.slice(0, 24)), tip: (i) => R.rowsNode(`${used[Math.floor(i / n)].name} and ${used[i % n].name}`, [["Spearman's rho", number(values[i])], ["click", "scatter of the two"]]) });
     parts.agreement.canvas.setAttribute("aria-label", "rank agreement of the metrics, Spearman's rho");
   }
+  function dissected(d) {
+    const host = $("dissect-host"), box = el("div", {}), other = el("div", {});
+    const share = (r) => `of ${(100 * r.mass).toFixed(1)} % of the map`, note = (r) => share(r) + (r.change === null ? "" : `; ${r.change >= 0 ? "+" : ""}${number(r.change)} nats on the answer`);
+    host.replaceChildren(el("h2", { text: `${d.head}, part by part` }), el("p", { class: "hs-dim", text: "Partial pruning: a part of the head's map is set to zero, and the model's output is compared. Jensen-Shannon divergence from the plain output, bits (0 to 1)." }), el("h2", { text: "The part set to zero" }), box, el("h2", { text: "The same, rows made to sum to 1 again" }), other);
+    R.bars(box, d.rows.map((r) => ({ name: r.name, value: r.zeroed, note: note(r) }))); R.bars(other, d.rows.map((r) => ({ name: r.name, value: r.renormalised }))); host.dataset.rows = d.rows.length;
+  }
+  hs.openers.dissect = async (j) => { if (page.info === null || page.info.id !== j.result.run) await hs.openRun(j.result.run); const h = hs.parse(j.result.head)[0]; hs.set({ view: "importance", stack: h.stack, layer: h.layer, head: h.head }); dissected(j.result); };
+  hs.openers.archetypes = async (j) => { if (page.info === null || page.info.id !== j.spec.run) await hs.openRun(j.spec.run); embedded = null; hs.set({ view: "map", stack: j.spec.stack }); scatter(); };
   hs.dissect = () => hs.guard("dissect", async () => {
-    const s = hs.state, host = $("dissect-host"), name = hs.current();
-    const draw = (d) => {
-      const box = el("div", {}), rows = d.rows.map((r) => ({ name: r.name, value: r.jsd, note: r.change === null ? "" : `(${r.change >= 0 ? "+" : ""}${number(r.change)} nats on the answer)` }));
-      host.replaceChildren(el("h2", { text: `${d.head}, part by part` }), el("p", { class: "hs-dim", text: "Jensen-Shannon divergence of the model's output from the plain one, nats; kinds of keys are knocked out and rows renormalised." }), box); R.bars(box, rows); host.dataset.rows = d.rows.length;
-    };
+    const host = $("dissect-host"), name = hs.current(), draw = dissected;
     host.replaceChildren(el("p", { class: "hs-empty", text: `${name} is being taken apart` }));
     const made = await hs.post("dissect", { run: page.info.id, head: name });
     hs.watch(made.job, { partial: (p) => draw(p.partial), done: async (j) => draw((await hs.getJson("job/" + j.id)).result), failed: (j) => { host.replaceChildren(); hs.problem(j.error, "dissect"); }, cancelled: () => hs.say("the dissection was stopped") });
@@ -208,7 +215,7 @@
     if (changed.run === true) { shown = null; embedded = null; for (const id of ["dissect-host", "massive", "hops"]) if ($(id)) $(id).replaceChildren(); }
     if (any("run", "view", "layer", "head", "q", "k", "dir", "mean", "sel", "theme")) image();
     if (any("run", "view", "sx", "sy", "metric", "sel", "layer", "head", "theme")) scatter();
-    if (any("run", "view", "metric", "top", "theme")) importance();
+    if (any("run", "view", "metric", "top", "theme", "layer", "head", "sel")) importance();
     if (any("run", "view", "thr", "rows", "sel", "layer", "head", "theme")) sinks();
   });
   document.addEventListener("input", (e) => {

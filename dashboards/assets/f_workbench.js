@@ -12,7 +12,7 @@
     const select = $("add-card");
     select.replaceChildren(el("option", { value: "", text: "Add an intervention…" }), ...offered.map((c) => { const o = el("option", { value: c.name, text: c.missing ? `${c.name} (from Python: ${c.missing})` : `${c.name}: ${c.summary}`.slice(0, 110) }); o.disabled = Boolean(c.missing); return o; }));
     const probes = (await hs.getJson("probes")).probes;
-    $("probe").replaceChildren(...probes.map((p) => el("option", { value: p.value, text: `${p.label}: ${p.summary}`.slice(0, 90) })));
+    $("probe").replaceChildren(...probes.map((p) => el("option", { value: p.value, title: p.summary, text: `${p.label}: ${p.summary}`.slice(0, 90) })));
     return offered;
   }
   function field(card, spec, n) {
@@ -27,7 +27,7 @@
       if (f.kind === "choice") { input = el("select", { id, onchange: (e) => keep(e.target.value) }, ...f.choices.map((c) => el("option", { value: c, text: c }))); input.value = value === null ? f.choices[0] : value; }
       else if (f.kind === "flag") { input = el("input", { id, type: "checkbox", onchange: (e) => keep(e.target.checked) }); input.checked = Boolean(value); }
       else if (f.kind === "number" || f.kind === "integer") input = el("input", { id, type: "number", step: f.kind === "integer" ? "1" : "any", value: value === null || value === undefined ? "" : value, onchange: (e) => keep(e.target.value === "" ? "" : Number(e.target.value)) });
-      else input = el("input", { id, type: "text", value: value === null || value === undefined ? "" : Array.isArray(value) ? value.join(",") : value, placeholder: f.required ? "" : "default", onchange: (e) => keep(e.target.value) });
+      else input = el("input", { id, type: "text", value: value === null || value === undefined ? "" : Array.isArray(value) ? value.join(",") : value, placeholder: f.required ? f.help.slice(0, 60) : "default", size: f.required ? "34" : null, onchange: (e) => keep(e.target.value) });
       return el("label", { class: "hs-field", title: f.help }, el("span", { text: f.name + (f.required ? " *" : "") }), input);
     };
   }
@@ -43,11 +43,17 @@
     }), ...(cards.length ? [] : [el("p", { class: "hs-empty", text: "No intervention yet: add one above. Its heads can be the selection; VHR, VAR and PAI choose for themselves." })]));
     saved();
   }
-  function wish() { return hs.wish({ interventions: read(), max_new_tokens: Number($("wb-new").value) || 32, seed: Number($("wb-seed").value) || 0, do_sample: $("wb-sample").checked, temperature: Number($("wb-temperature").value) || 1 }); }
+  function wish() { options(); const s = hs.state; return hs.wish({ interventions: read(), max_new_tokens: s.wnew || 32, seed: s.seed, do_sample: s.sample, temperature: s.temp || 1 }); }
+  /* Options of a run live in the address, as all else does. */
+  function options() { hs.set({ wnew: Number($("wb-new").value) || 32, seed: Number($("wb-seed").value) || 0, sample: $("wb-sample").checked, temp: Number($("wb-temperature").value) || 1 }, "replace"); }
+  function showOptions(s) { for (const [id, v] of [["wb-new", s.wnew], ["wb-seed", s.seed], ["wb-temperature", s.temp]]) if (document.activeElement !== $(id)) $(id).value = v; $("wb-sample").checked = s.sample; $("wb-temperature").disabled = !s.sample; }
   async function run() {
     await hs.guard("workbench", async () => {
       if (!hs.state.model) throw new Error("pick a model first");
-      const made = await hs.post("generate", wish()); job = made.job; clear(); busy(true); hs.set({ saved: "" }, "replace");
+      /* What is shown is of an earlier wish from here on, whether this one is taken or not. */
+      clear(); let made;
+      try { made = await hs.post("generate", wish()); } catch (e) { $("verdict").textContent = ""; throw e; }
+      job = made.job; busy(true); hs.set({ saved: "" }, "replace");
       let side = "before";
       hs.watch(job, {
         side: (d) => { side = d.side; const t = $("text-" + side); t.textContent = ""; t.classList.add("hs-live"); },
@@ -59,7 +65,7 @@
       });
     });
   }
-  function clear() { last = null; for (const s of ["before", "after"]) { $("text-" + s).textContent = ""; $("text-" + s).classList.remove("hs-live"); } $("verdict").textContent = "running"; for (const id of ["effect", "curves", "wb-after-buttons"]) $(id).replaceChildren(); }
+  function clear() { last = null; for (const s of ["before", "after"]) { $("text-" + s).textContent = ""; $("text-" + s).classList.remove("hs-live"); } $("verdict").textContent = "running"; delete $("verdict").dataset.done; for (const id of ["effect", "curves", "wb-after-buttons"]) $(id).replaceChildren(); }
   function busy(on) { $("wb-run").disabled = on; $("wb-stop").disabled = !on; if (!on) for (const s of ["before", "after"]) $("text-" + s).classList.remove("hs-live"); }
   function diff(r) {
     for (const side of ["before", "after"]) $("text-" + side).replaceChildren(...r.diff.filter((d) => d[side]).map((d) => el(d.op === "equal" ? "span" : side === "before" ? "del" : "ins", { text: d[side] })));
@@ -93,14 +99,23 @@
     if (!name) return;
     await hs.guard("saved", async () => {
       const held = await hs.getJson("saved/" + name), spec = held.spec; job = name;
-      hs.set({ wb: JSON.stringify(spec.interventions), prompt: spec.prompt, chat: spec.chat, image: spec.image || "", model: spec.model, saved: name }); $("wb-new").value = spec.max_new_tokens; $("wb-seed").value = spec.seed; $("wb-sample").checked = spec.do_sample;
+      hs.set({ wb: JSON.stringify(spec.interventions), prompt: spec.prompt, chat: spec.chat, image: spec.image || "", model: spec.model, saved: name, wnew: spec.max_new_tokens, seed: spec.seed, sample: spec.do_sample, temp: spec.temperature });
       await draw(); show(held.result);
     });
   }
+  const pct = (v) => `${(100 * v).toFixed(0)} %`;
+  function judged(d) {
+    const host = $("evaluation"), so = `of ${d.n}${d.n < d.total ? ` so far (of ${d.total})` : ""}`;
+    if (!d.figures) { host.replaceChildren(el("p", { text: `${d.probe}: plain ${pct(d.plain)} (${d.plain_interval.map(pct).join(" to ")}), changed ${pct(d.changed)} (${d.changed_interval.map(pct).join(" to ")}); ${d.lost} lost, ${d.won} won, ${so}.` })); return; }
+    const cell = (e) => (e ? `${number(e[0])} (${number(e[1])} to ${number(e[2])})` : "–");
+    host.replaceChildren(el("p", { text: `${d.probe}, ${so} pictures; in brackets 95 % intervals that resample pictures.` }), el("table", { class: "hs-table" }, el("tr", {}, ...["figure", "plain", "changed", "difference"].map((t) => el("th", { text: t }))), ...d.figures.map((f) => el("tr", {}, el("td", { text: f.name + (f.lower ? " (lower is better)" : "") }), el("td", { text: cell(f.plain) }), el("td", { text: cell(f.changed) }), el("td", { text: cell(f.difference) })))));
+  }
+  hs.openers.evaluate = (j) => { hs.set({ view: "workbench", model: j.spec.model, wb: JSON.stringify(j.spec.interventions || []) }); draw(); judged(j.result); $("evaluation").dataset.done = "1"; };
+  hs.openers.generate = async (j) => { const spec = j.spec; job = j.id; hs.set({ view: "workbench", wb: JSON.stringify(spec.interventions), prompt: spec.prompt, chat: spec.chat, image: spec.image || "", model: spec.model, wnew: spec.max_new_tokens, seed: spec.seed, sample: spec.do_sample, temp: spec.temperature }); await draw(); show(j.result); };
   async function evaluate() {
     await hs.guard("evaluate", async () => {
       const host = $("evaluation"), made = await hs.post("evaluate", { model: hs.state.model, probe: $("probe").value, n: Number($("probe-n").value) || 20, interventions: read() });
-      const pct = (v) => `${(100 * v).toFixed(0)} %`, tell = (d) => host.replaceChildren(el("p", { text: `${d.probe}: plain ${pct(d.plain)} (${d.plain_interval.map(pct).join(" to ")}), changed ${pct(d.changed)} (${d.changed_interval.map(pct).join(" to ")}); ${d.lost} lost, ${d.won} won, of ${d.n}${d.n < d.total ? ` so far (of ${d.total})` : ""}.` }));
+      const tell = judged;
       host.replaceChildren(el("p", { class: "hs-empty", text: "queued; you can go on browsing" })); host.dataset.job = made.job;
       hs.watch(made.job, { partial: (p) => tell(p.partial), done: async (j) => { tell((await hs.getJson("job/" + j.id)).result); host.dataset.done = "1"; }, failed: (j) => { host.replaceChildren(); hs.problem(j.error, "evaluate"); }, cancelled: () => hs.say("the evaluation was stopped") });
     });
@@ -119,6 +134,7 @@
   }
   async function exportHtml() { await hs.guard("export", async () => { if (!page.info) throw new Error("trace a prompt first"); const a = el("a", { href: `api/run/${page.info.id}/page.html?heads=${encodeURIComponent(hs.state.sel)}`, download: "" }); document.body.append(a); a.click(); a.remove(); }); }
   document.addEventListener("change", (e) => {
+    if (["wb-new", "wb-seed", "wb-sample", "wb-temperature"].includes(e.target.id)) options();
     if (e.target.id === "add-card" && e.target.value) {
       const card = offered.find((c) => c.name === e.target.value), settings = {}; if (card.fields.some((f) => f.kind === "heads" && f.required) && hs.state.sel) settings.heads = hs.state.sel;
       write([...read(), { name: card.name, settings }]); e.target.value = ""; draw();
@@ -140,6 +156,7 @@
   hs.hostInputs = host;
   hs.subscribe((s, changed) => {
     if ("boot" in changed) { host(); const n = $("help-keys"); if (n) n.replaceChildren(...hs.KEYS.map(([k, t]) => el("tr", {}, el("td", {}, el("kbd", { text: k })), el("td", { text: t })))); }
+    if ($("wb-new") && ["boot", "wnew", "seed", "sample", "temp"].some((k) => k in changed)) showOptions(s);
     if ("view" in changed || "boot" in changed) draw();
     if ("sel" in changed || "theme" in changed) { if (s.view === "workbench") { draw(); if (last && "theme" in changed) show(last); } }
     if ("wb" in changed && s.view === "workbench" && !document.activeElement.closest("#cards")) draw();

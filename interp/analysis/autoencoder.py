@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +92,13 @@ class _Net(nn.Module):
 
 
 def fit_autoencoder(
-    maps: HeadFeatures | Floats, *, latent: int = 16, epochs: int = 200, seed: int = 0, seconds: float = 110.0
+    maps: HeadFeatures | Floats,
+    *,
+    latent: int = 16,
+    epochs: int = 200,
+    seed: int = 0,
+    seconds: float = 110.0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> PatternAutoencoder:
     """Train a small convolutional autoencoder on pooled maps, as Li et al. 2023, https://arxiv.org/abs/2303.13731, sum up patterns.
 
@@ -106,6 +113,7 @@ def fit_autoencoder(
         epochs: at most.
         seed: of weights and batches.
         seconds: training ends after these, whatever the epoch.
+        progress: called with (epochs done, epochs) before each; what it raises ends the training.
 
     Raises:
         AnalysisError: maps of another shape, with numbers that are not finite, or fewer than 4.
@@ -127,7 +135,9 @@ def fit_autoencoder(
         net = _Net(latent)
         optimizer: Any = torch.optim.Adam(net.parameters(), lr=2e-3)
         schedule: Any = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-        for _ in range(epochs):
+        for epoch in range(epochs):
+            if progress is not None:
+                progress(epoch, epochs)
             total = 0.0
             for batch in torch.randperm(len(x), generator=generator).split(64):
                 loss = (net(x[batch]) - x[batch]).square().mean()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ def partial_pruning(
     *,
     rings: Sequence[int] | None = None,
     keys: Sequence[int] = (),
+    parts: Mapping[str, Tensor] | None = None,
     stack: str = "vision",
     metric: str = "jsd",
     progress: bool = True,
@@ -45,6 +46,9 @@ def partial_pruning(
         probe: an iterable of inputs of images.
         rings: values of k; None is all that the grid has.
         keys: positions of single keys.
+        parts: in place of those above: by name, bool ``[query, key]``, true where the map is set to zero. Any stack whose sites are
+            called once with all rows takes them, such as the text of a causal model: ``loss`` and the rest then speak of the
+            rows that :func:`~interp.analysis.targets.target_of` reads.
         stack: the vision tower.
         metric: one of :data:`interp.analysis.targets.MEASURES`.
         progress: show a progress bar where the output is a terminal.
@@ -54,7 +58,8 @@ def partial_pruning(
         map that the part holds.
 
     Raises:
-        AnalysisError: no head of the stack, a ring or key that the grid does not have, images of different size.
+        AnalysisError: no head of the stack, a ring or key that the grid does not have, images of different size, parts of
+            another shape than the map.
     """
     model = as_model(model)
     require_stack(model, stack)
@@ -71,13 +76,13 @@ def partial_pruning(
     for sample in track(samples, "partial pruning", progress):
         inputs = inputs_of(sample, model)
         given = {k: v for k, v in inputs.items() if k != "labels"}
-        parts = map_parts(model, given, stack, rings, keys)
-        if names and names != list(parts):
+        cut = dict(parts) if parts is not None else map_parts(model, given, stack, rings, keys)
+        if names and names != list(cut):
             raise AnalysisError("images must be of one size: their grids have different rings")
-        names = list(parts)
+        names = list(cut)
         target = target_of(sample, inputs, model)
         with Replay(model, given, stack, positions=target.positions) as replay:
-            found = [_of_head(replay, head, parts, metric, target) for head in chosen]
+            found = [_of_head(replay, head, cut, metric, target) for head in chosen]
         values.append(np.stack([value for value, _ in found]))
         masses.append(np.stack([mass for _, mass in found]))
     table = np.stack(values)
@@ -138,6 +143,8 @@ def _of_head(
 
     def change(call: SiteCall, z: Tensor, row: Tensor) -> Tensor:
         p = pattern(call, torch.tensor([head.head], device=device))[:1, 0]
+        if p.shape[1:] != removed.shape[1:]:
+            raise AnalysisError(f"parts must be {list(p.shape[1:])} as the map of {head}, got {list(removed.shape[1:])}")
         mass.append(((p * removed).sum((1, 2)) / p.sum()).cpu())
         kept = p * ~removed
         whole = p.sum(-1, keepdim=True)

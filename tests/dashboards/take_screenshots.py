@@ -76,7 +76,7 @@ def shoot(browser: Any, address: str, scheme: str) -> None:
         page.wait_for_timeout(1500)
         if view == "importance":
             page.click("#do-dissect")
-            page.wait_for_selector("#dissect-host[data-rows='11']", timeout=60_000)
+            page.wait_for_selector("#dissect-host[data-rows='9']", timeout=60_000)
         if view == "workbench":
             page.click("#wb-run")
             page.wait_for_selector("#verdict[data-done]", timeout=60_000)

@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import interp
 from dashboards import embedding
 from dashboards.app import code_sheet
 from dashboards.code import show_code
-from dashboards.dissect import jensen_shannon, parts_of
+from dashboards.dissect import kind_parts
 from dashboards.errors import PageError
 from dashboards.forcing import answer_log_probs, forced_inputs
 from dashboards.generation import matched_random, token_diff, verdict
@@ -400,16 +401,10 @@ def test_a_run_that_is_gone_is_made_again_from_its_address(client: Client) -> No
 
 
 def test_parts_of_a_head() -> None:
-    names = [p["name"] for p in parts_of([0, 1, 1, -1], vision=False, grid=False)]
-    assert names[3:] == ["without special keys", "without text keys", "only special keys", "only text keys"]
-    assert [p["name"] for p in parts_of([1, 1], vision=False, grid=False)] == names[:3]
-    assert "only patches within 1 step" in [p["name"] for p in parts_of([0, 2], vision=True, grid=True)]
-
-
-def test_jensen_shannon_by_hand() -> None:
-    with np.errstate(divide="ignore"):
-        p, q = np.log([[1.0, 0.0], [0.5, 0.5]]), np.log([[0.0, 1.0], [0.5, 0.5]])
-    np.testing.assert_allclose(jensen_shannon(p, q), [np.log(2), 0], atol=1e-12)
+    parts = kind_parts([0, 1, 1])
+    assert list(parts) == ["special keys", "text keys", "all but special keys", "all but text keys", "all"]
+    assert parts["text keys"].tolist() == [[False, True, True]] * 3 and parts["all"].all()
+    assert list(kind_parts([1, 1])) == ["all"]
 
 
 def test_a_head_taken_apart(client: Client, run: str, model: Any) -> None:
@@ -419,14 +414,28 @@ def test_a_head_taken_apart(client: Client, run: str, model: Any) -> None:
     found = client.space.run(run)
     answer = found.ids[found.prompt_length :]
     inputs = model.encode(PROMPT)
-    masked = answer_log_probs(model, inputs, answer, [interp.MaskHeads("L1H2")]) - answer_log_probs(
-        model, inputs, answer
+    plain = answer_log_probs(model, inputs, answer)
+    masked = answer_log_probs(model, inputs, answer, [interp.MaskHeads("L1H2")])
+    assert rows["all"]["change"] == pytest.approx((masked - plain).sum(), abs=1e-5)
+    assert rows["all"]["zeroed"] == pytest.approx(rows["all"]["renormalised"]) and rows["all"]["mass"] == pytest.approx(
+        1
     )
-    assert rows["whole head: zero"]["change"] == pytest.approx(masked.sum(), abs=1e-6)
-    without = [interp.Knockout("text", "all", heads="L1H2")]
-    blocked = answer_log_probs(model, inputs, answer, without) - answer_log_probs(model, inputs, answer)
-    assert rows["without text keys"]["change"] == pytest.approx(blocked.sum(), abs=1e-5)
+    without = [interp.Knockout("text", "all", kind="zero", heads="L1H2")]
+    blocked = answer_log_probs(model, inputs, answer, without)
+    assert rows["text keys"]["change"] == pytest.approx((blocked - plain).sum(), abs=1e-4)
+    assert rows["text keys"]["mass"] + rows["all but text keys"]["mass"] == pytest.approx(1, abs=1e-5)
     assert "no head L7H0" in client.post("dissect", {"run": run, "head": "L7H0"}, 404)["error"]
+
+
+def test_the_autoencoders_training_is_cancelled_midway(client: Client) -> None:
+    found = Run("bd" * 8, {}, synthetic_trace(4, 6), "synthetic")
+    client.space.keep_run(found)
+    job = client.space.queue.get(client.post("archetypes", {"run": found.id, "stack": "text"})["job"])
+    began = time.monotonic()
+    while job.done < 2 and not job.ended and time.monotonic() - began < 30:
+        time.sleep(0.01)
+    client.post(f"job/{job.id}/cancel")
+    assert client.space.queue.wait(job, 30).state == "cancelled" and 2 <= job.done < job.total
 
 
 def test_a_job_of_an_earlier_process_traces_its_run_again(client: Client) -> None:
