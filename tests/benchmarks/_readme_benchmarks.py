@@ -110,3 +110,22 @@ def _dashboard(content: dict[str, Any]) -> str:
         f"the browser's heap went from {heap['mb_after_a_fifth']:.1f} to {heap['mb_at_the_end']:.1f} MB, the server's memory from "
         f"{server['mb_after_a_fifth']:.0f} to {server['mb_at_the_end']:.0f} MB. {content['note']}"
     )
+
+
+@shows("sweep_cpu")
+def _sweep_cpu(content: dict[str, Any]) -> str:
+    loops = ("loop of hooks", "loop of hooks, last logits", "TransformerLens loop")
+    lengths = list(dict.fromkeys(row["tokens"] for row in content["rows"]))
+    parts: list[str] = []
+    for tokens in lengths:
+        rows = {row["way"]: row for row in content["rows"] if row["tokens"] == tokens}
+        ratios = [f"{way} **{rows[way]['ratio to ours']:.1f} x**" for way in loops if way in rows]
+        ours, gates = rows["ours, exact"]["seconds"], rows["ours, gradient gates"]["seconds"]
+        parts.append(f"{tokens} tokens {ours:.2f} s ({', '.join(ratios)} as long; gradient gates {gates:.2f} s)")
+    worst = max((row.get("largest difference", 0.0) for row in content["rows"]), default=0.0)
+    measured = any(row["way"] == "TransformerLens loop" for row in content["rows"])
+    absent = "" if measured else " TransformerLens was not installed, so not measured."
+    return (
+        f"Exact ablation of every head on a CPU: {'; '.join(parts)} (promised: at least 2 x against either loop). Effects differ from "
+        f"the loops' by at most {worst:.1e}.{absent} {content['note']}"
+    )
