@@ -10,7 +10,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from interp.analysis.projections import HeadWeights, head_weights
+from interp.analysis.projections import HeadWeights, head_weights, weight_in_memory
 from interp.analysis.running import AnalysisError, Floats, HeadScore, as_model, require_stack
 from interp.models.anatomy import anatomy
 from interp.models.model import Model
@@ -105,7 +105,7 @@ class OVCopying(_OfWeights):
         if head is None:
             raise AnalysisError(f"through='tokens' needs output embeddings, and {type(model.module).__name__} has none")
         embed: Any = model.module.get_input_embeddings()
-        return head.weight.detach().float().cpu().T @ embed.weight.detach().float().cpu()
+        return weight_in_memory(head).float().cpu().T @ weight_in_memory(embed).float().cpu()
 
     def matrices(self, weights: HeadWeights) -> tuple[Tensor, Tensor]:
         return weights.W_V, weights.W_O

@@ -54,6 +54,18 @@ def linear_weight(module: nn.Module, width: int) -> Tensor:
     return (out[:-1] - out[-1:]).float().cpu()
 
 
+def weight_in_memory(module: nn.Module) -> Tensor:
+    """The weight of a module, fetched from where accelerate keeps it if it is not in memory between calls."""
+    weight: Any = module.weight
+    if weight.device.type != "meta":
+        return weight.detach()
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module, torch.device("cpu")):
+        weight = module.weight
+        return weight.detach().clone()
+
+
 def output_weight(model: Model, site: Site) -> Tensor:
     """``W_O [H, Dv, d]`` of a site.
 
@@ -148,7 +160,7 @@ def _norm_before(model: Model, site: Site) -> nn.Module | None:
 
 
 def _folded(norm: nn.Module, weight: Tensor) -> Tensor:
-    gain: Any = getattr(norm, "weight", None)
+    gain = None if getattr(norm, "weight", None) is None else weight_in_memory(norm)
     if isinstance(gain, Tensor):
         gain = gain.detach().float().cpu()
         # Gemma's norms multiply by 1 + weight.
@@ -222,7 +234,7 @@ class LogitDirections:
                 f"{name} needs a model with output embeddings, and {type(model.module).__name__} has none"
             )
         last: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
-        self.centred, self.unembedding = False, head.weight.detach()
+        self.centred, self.unembedding = False, weight_in_memory(head)
         gains: list[Tensor] = []
         after: dict[int, Tensor] = {}
 
@@ -274,7 +286,7 @@ def _gain(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     x, y = x.float(), y.float()
     if isinstance(module, nn.LayerNorm):
         scale = (x.var(-1, unbiased=False, keepdim=True) + module.eps).rsqrt()
-        return scale.expand_as(x) if module.weight is None else scale * module.weight.detach().float()
+        return scale.expand_as(x) if module.weight is None else scale * weight_in_memory(module).float().to(x.device)
     return torch.where(x == 0, 0.0, y / torch.where(x == 0, 1.0, x))
 
 
