@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from dashboards.errors import PageError
@@ -112,14 +113,19 @@ def scene_summary(task: Any, name: str, samples: list[Any], records: list[list[A
         task.differences(changed, plain, how),
     )
     rows = [
-        {"name": f, "lower": f in task.lower_is_better, "plain": list(before[f])[:3], "changed": list(after[f])[:3],
-         "difference": list(difference[f])[:3] if f in difference else None}
+        {"name": f, "lower": f in task.lower_is_better, "plain": _cell(before[f]), "changed": _cell(after[f]),
+         "difference": _cell(difference[f]) if f in difference else None}
         for f in before
     ]  # fmt: skip
     units = [s.unit for s in samples]
     return {
         "probe": name, "records": records, "figures": rows, "n": len(set(units[: len(records)])), "total": len(set(units)),
     }  # fmt: skip
+
+
+def _cell(estimate: Any) -> list[float | None]:
+    """Value and interval; None where there is none, as of one picture (events are JSON, which has no NaN)."""
+    return [float(v) if math.isfinite(v) else None for v in tuple(estimate)[:3]]
 
 
 def summary(name: str, rows: list[list[bool]], total: int) -> dict[str, Any]:

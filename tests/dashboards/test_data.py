@@ -592,3 +592,52 @@ def test_pictures_of_a_prompt(client: Client) -> None:
     assert client.finish("score", {"run": found, "score": "entropy", "stack": stack}).state == "done"
     entry = next(m for m in client.json(f"run/{found}/overview/{stack}")["metrics"] if m["key"] == "s:entropy")
     assert entry["ready"] and entry["probe"] == "this prompt"
+
+
+def test_code_says_what_was_done_not_what_was_wished(client: Client) -> None:
+    run = client.run(chat=True)
+    code = show_code(client.space, {"run": run, "view": "overview"})
+    assert "chat=True" not in code, "this model has no chat template"
+    blind = client.space.run(run)
+    blind.takes_text, blind.images = False, ()
+    try:
+        assert "model.encode(None)" in show_code(client.space, {"run": run, "view": "overview"})
+    finally:
+        blind.takes_text = True
+
+
+def test_the_workbenchs_code_runs_its_cards(
+    client: Client, run: str, model: Any, monkeypatch: Any, capsys: Any
+) -> None:
+    cards = [{"name": "ScaleHeads", "settings": {"heads": "L1H2", "gain": 0.5}}]
+    state = {
+        "run": run,
+        "view": "workbench",
+        "wb": json.dumps(cards),
+        "wnew": 3,
+        "seed": 5,
+        "sample": True,
+        "temp": 0.7,
+    }
+    code = show_code(client.space, state)
+    assert "ScaleHeads(heads='L1H2', gain=0.5)" in code and "temperature=0.7" in code and "manual_seed(5)" in code
+    monkeypatch.setattr(interp, "load", lambda *_: model)
+    exec(code, {})
+    assert len(capsys.readouterr().out.strip().splitlines()) == 2
+    assert "cannot be read" in code_sheet(client.space, 1, state | {"wb": "[1"})[0]
+
+
+def test_scene_tasks_are_told_without_nan() -> None:
+    from dashboards.evaluate import judged_probes, scene_summary
+    from interp.evaluation.captions import scene_captions
+
+    assert {"chair", "pope"} <= {entry["value"] for entry in judged_probes()}
+    task = scene_captions("test", 2)
+    samples = task.samples(None)
+    present = sorted(task.truth[samples[0].unit])[0]
+    right, wrong = f"There is a {present} here.", "There is nothing."
+    told = scene_summary(task, "chair", samples, [[{"text": right}, {"text": wrong}]])
+    json.dumps(told, allow_nan=False)
+    recall = next(f for f in told["figures"] if f["name"] == "recall")
+    assert recall["plain"][0] > recall["changed"][0] == 0 and recall["plain"][1] is None
+    assert (told["n"], told["total"]) == (1, 2)
