@@ -166,7 +166,7 @@
   }
   function dissected(d) {
     const host = $("dissect-host"), box = el("div", {}), other = el("div", {});
-    const share = (r) => `of ${(100 * r.mass).toFixed(1)} % of the map`, note = (r) => share(r) + (r.change === null ? "" : `; ${r.change >= 0 ? "+" : ""}${number(r.change)} nats on the answer`);
+    const note = (r) => `(${(100 * r.mass).toFixed(1)} % of the map${r.change === null ? "" : `; ${r.change >= 0 ? "+" : ""}${number(r.change)} nats on the answer`})`;
     host.replaceChildren(el("h2", { text: `${d.head}, part by part` }), el("p", { class: "hs-dim", text: "Partial pruning: a part of the head's map is set to zero, and the model's output is compared. Jensen-Shannon divergence from the plain output, bits (0 to 1)." }), el("h2", { text: "The part set to zero" }), box, el("h2", { text: "The same, rows made to sum to 1 again" }), other);
     R.bars(box, d.rows.map((r) => ({ name: r.name, value: r.zeroed, note: note(r) }))); R.bars(other, d.rows.map((r) => ({ name: r.name, value: r.renormalised }))); host.dataset.rows = d.rows.length;
   }

@@ -119,6 +119,24 @@ def test_a_run_that_the_server_forgot_is_traced_again(server: Server, watch: Wat
     assert watched.state()["prompt"] == "w50 w51 w52"
 
 
+def test_a_first_visit_is_told_what_to_do_and_options_live_in_the_address(
+    server: Server, run: str, watch: Watch
+) -> None:
+    watched = watch(server)
+    page = watched.open(ready=False)
+    expect(page.locator("#welcome")).to_be_visible()
+    expect(page.locator("#view-overview")).to_be_hidden()
+    watched.open(f"?run={run}&view=workbench&chat=0&wnew=7&seed=3&sample=1&temp=0.5")
+    expect(page.locator("#welcome")).to_be_hidden()
+    assert [page.input_value(f"#wb-{n}") for n in ("new", "seed", "temperature")] == ["7", "3", "0.5"]
+    page.fill("#wb-seed", "11")
+    page.keyboard.press("Tab")
+    page.wait_for_function("() => location.search.includes('seed=11')")
+    page.click("#jobs-count")
+    page.get_by_role("button", name="open the result of").last.click()
+    expect(page.locator("#jobs-drawer")).to_be_hidden()
+
+
 def test_keys(server: Server, run: str, watch: Watch) -> None:
     watched = watch(server)
     page = watched.open(f"?run={run}")
@@ -433,6 +451,38 @@ def test_the_widgets_module_draws_in_a_page_of_its_own(server: Server, run: str,
     except ImportError:
         with pytest.raises(ImportError, match="pip install anywidget"):
             headscope_widget(server.space.run(run).trace)
+
+
+@pytest.mark.slow
+def test_the_widget_of_a_real_kernel_draws(page: Any, tmp_path: Path) -> None:
+    pytest.importorskip("anywidget")
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    path = synthetic_trace(3, 4).save(tmp_path / "run.zarr")
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).resolve().parents[2])!r})\n"
+        "import interp\nfrom dashboards.widget import headscope_widget\n"
+        f"headscope_widget(interp.Trace.open({str(path)!r}), 'L1H1')"
+    )
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    nbclient.NotebookClient(notebook, timeout=120).execute()
+    shown = [o["data"] for o in notebook.cells[0].outputs if "data" in o]
+    assert any("application/vnd.jupyter.widget-view+json" in data for data in shown)
+    states = notebook.metadata["widgets"]["application/vnd.jupyter.widget-state+json"]["state"].values()
+    state = next(s["state"] for s in states if s["model_module"] == "anywidget")
+    wrong: list[str] = []
+    page.on("pageerror", lambda e: wrong.append(str(e)))
+    page.set_content("<div id=host></div>")
+    page.evaluate(
+        """async ([source, data]) => {
+          const module = await import(URL.createObjectURL(new Blob([source], { type: "text/javascript" })));
+          module.default.render({ model: { get: () => data }, el: document.getElementById("host") });
+        }""",
+        [state["_esm"], json.loads(json.dumps(state["data"], allow_nan=False))],
+    )
+    expect(page.locator("#host canvas").first).to_be_visible()
+    expect(page.locator("#host tbody tr")).to_have_count(12)
+    assert not wrong
 
 
 def test_5120_heads(server: Server, watch: Watch) -> None:
