@@ -28,4 +28,12 @@ def _mathml(found: re.Match[str]) -> str:
         raise ValueError(f"formula {source!r} cannot be read: {why!r}") from why
     if re.search(r"<mtext>\\|<mi>\\", made):
         raise ValueError(f"formula {source!r} has a command that is not known: {made}")
-    return f'<{tag} class="formula">{made}</{tag}>'
+    return f'<{tag} class="formula">{_spaced(made)}</{tag}>'
+
+
+def _spaced(made: str) -> str:
+    """Room around the names of functions, none within bars: browsers give operators of both kinds the same."""
+    words = r"<m[oi]>(ln|log|exp|cos|max|min)</m[oi]>"
+    made = re.sub(words, r'<mo form="prefix" lspace="0.17em" rspace="0.17em">\1</mo>', made)
+    bars = r'<m[oi](?: stretchy="false")?>(\||&#x0?0?07C;|&#x02223;|&#x02016;)</m[oi]>'
+    return re.sub(bars, r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>', made)

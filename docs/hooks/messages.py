@@ -11,6 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("interp", "probes", "dashboards")
+# Shorter ones are separators and formats.
+MIN_TEXT = 8
 
 
 @dataclass(frozen=True)
@@ -66,3 +68,22 @@ def _of(path: Path) -> Iterator[Message]:
 
 def _template(node: ast.JoinedStr) -> str:
     return "".join(v.value if isinstance(v, ast.Constant) else "{}" for v in node.values)
+
+
+def table() -> str:
+    """Every message that is raised or warned with, file by file."""
+    parts: list[str] = []
+    for file in dict.fromkeys(m.file for m in messages()):
+        rows = {
+            f"| `{m.error}` | {_escaped(m.text)} |"
+            for m in messages()
+            if m.file == file and m.error and len(m.text) > MIN_TEXT
+        }
+        if rows:
+            parts.append("\n".join([f"## {file}", "", "| raised as | message |", "| --- | --- |", *sorted(rows)]))
+    return "\n\n".join(parts)
+
+
+def _escaped(text: str) -> str:
+    # Not as code: long messages must wrap.
+    return re.sub(r"([\\`*_{}\[\]<>|$&])", lambda m: f"&#{ord(m.group())};", text)

@@ -67,17 +67,9 @@ def _scores() -> list[Method]:
             "Paper": _links(entry.paper), "Unit": entry.unit, "Stacks": ", ".join(entry.stacks), "Default probe": entry.probe,
             "Control": entry.control, "Needs": entry.needs or "any model",
         }  # fmt: skip
-        found.append(
-            Method(
-                "scores",
-                entry.name,
-                f"{cls.__module__}.{cls.__name__}",
-                entry.summary,
-                facts,
-                entry.settings,
-                _called(f"interp.score({entry.name!r}, model", entry.settings, first=False),
-            )  # fmt: skip
-        )
+        home = f"{cls.__module__}.{cls.__name__}"
+        call = _called(f"interp.score({entry.name!r}, model", entry.settings, first=False)
+        found.append(Method("scores", entry.name, home, entry.summary, facts, entry.settings, call))
     return found
 
 

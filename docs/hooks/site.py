@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import families
 import formulas
+import messages
 import methods
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,13 +50,17 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         folder, _, name = path.removesuffix(".md").rpartition("/")
         if folder == "families" and name != "index":
             return families.page(name, markdown)
-        return re.sub(r"<!-- (method|families|readme)(?::? ([\w]+))? -->", lambda m: _part(*m.groups()), markdown)
+        return re.sub(
+            r"<!-- (method|families|readme|messages)(?::? ([\w]+))? -->", lambda m: _part(*m.groups()), markdown
+        )
     except ValueError as why:
         raise PluginError(f"{path}: {why}") from why
 
 
 def on_page_content(html: str, page: Any, **_: Any) -> str:
-    """Draw formulas."""
+    """Draw formulas, and put drawings into the page itself, so that they have the colours of its palette."""
+    drawing = r"(?:<p>)?<!-- drawing: ([\w/.]+) -->(?:</p>)?"
+    html = re.sub(drawing, lambda m: f'<div class="drawing">{(ROOT / "docs" / m[1]).read_text()}</div>', html)
     try:
         return formulas.drawn(html)
     except ValueError as why:
@@ -67,6 +72,8 @@ def _part(what: str, name: str | None) -> str:
         return methods.table(name or "")
     if what == "families":
         return families.table()
+    if what == "messages":
+        return messages.table()
     return readme(name or "")
 
 
