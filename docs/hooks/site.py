@@ -28,8 +28,6 @@ def on_config(config: Any) -> Any:
         pages = [{m.name: m.path} for m in methods.methods() if m.kind == kind]
         by_title["Methods"].append({title: pages})
     by_title["Families"].extend({name: f"families/{name}.md"} for name in families.names())
-    if (ROOT / "docs" / "policy.md").exists():
-        by_title["Home"].append({"Versions and deprecation": "policy.md"})
     return config
 
 
