@@ -3,7 +3,7 @@
 .PHONY: help demo test test-fast test-slow test-real notebooks lint fmt types docs bench clean
 
 BIN := .venv/bin
-SOURCES := headscope.py interp probes dashboards notebooks docs tests
+SOURCES := headscope.py interp probes dashboards notebooks docs/hooks tests
 # Options for the command that a target runs, as in: make demo DEMO_ARGS="--no-browser --port 8060"
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
