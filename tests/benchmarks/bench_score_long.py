@@ -21,7 +21,7 @@ from interp.models.model import Model
 from probes.samples import Sample
 
 SCORES = {"entropy": {}, "sink": {}, "streaming_mass": {"sink": 64, "recent": 1024}, "attention_distance": {}}
-REPEATS = 3
+REPEATS = 2
 
 
 def peak(function: Callable[[], object]) -> tuple[float, float]:
