@@ -12,6 +12,7 @@ from interp import cli_common as common
 from interp.cli_common import DeviceOption, DTypeOption, JsonOption, ModelName, TrustOption, UsageError, friendly
 
 FIGURES = (".html", ".pdf", ".svg")
+ADAPTER = "adapter_config.json"
 
 
 def list_scores(as_json: bool) -> None:
@@ -42,7 +43,10 @@ def list_scores(as_json: bool) -> None:
 @friendly
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="A model, as for `headscope info`: the base.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Another with the same heads: tuned, adapted, a later step.")],
+    b: Annotated[
+        str,
+        typer.Argument(metavar="B", help="Another with the same heads: tuned, a later step, or a PEFT adapter of A."),
+    ],
     score: Annotated[
         list[str] | None, typer.Option("--score", help="One of `headscope scores`; again for more.")
     ] = None,
@@ -73,7 +77,12 @@ def diff(
     from interp.analysis.diff import DEFAULT, diff_table
     from interp.analysis.diff import diff as compare
 
-    loaded = [common.load_model(name, dtype, device, trust_remote_code) for name in (a, b)]
+    loaded = [common.load_model(a, dtype, device, trust_remote_code)]
+    if (Path(b) / ADAPTER).is_file():
+        # A model of its own: an adapter is put into the modules of the one that it is given.
+        loaded.append(_adapted(common.load_model(a, dtype, device, trust_remote_code), Path(b)))
+    else:
+        loaded.append(common.load_model(b, dtype, device, trust_remote_code))
     result = compare(*loaded, scores=score or DEFAULT, probe=task)
     rows = diff_table(result)
     if out is not None:
@@ -89,6 +98,25 @@ def diff(
         common.show(common.table(f"{name}, rank agreement {summary[str(name)]['rho']:.3f}", columns, cells))
     if out is not None:
         typer.echo(f"written to {out}")
+
+
+def _adapted(base: Any, folder: Path) -> Any:
+    """The base with a PEFT adapter.
+
+    Raises:
+        UsageError: PEFT is not installed, or the adapter does not fit the model.
+    """
+    from interp.models.model import Model
+
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise UsageError(f"B must be a whole model where peft is not installed, got the adapter {folder}") from None
+    try:
+        wrapped = PeftModel.from_pretrained(base.module, str(folder)).eval()
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise UsageError(f"B must be an adapter of A, got {folder}: {error}") from error
+    return Model(wrapped, processor=base.processor, tokenizer=base.tokenizer, name=f"{base.name} with {folder.name}")
 
 
 def _write_diff(result: Any, rows: list[dict[str, Any]], out: Path) -> None:

@@ -138,3 +138,45 @@ def test_the_command_rank_data(folders: tuple[str, str], tmp_path: Path) -> None
     with pytest.warns(UserWarning, match="no sample passed the gate"):
         done = run("rank-data", folders[0], data)
     assert done.exit_code == 2 and "no numbers" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A saved tiny Llama with a tokenizer, and a LoRA adapter of it that changes layer 1's queries alone."""
+    import peft
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    root = tmp_path_factory.mktemp("lora")
+    base = build("llama").module
+    base.save_pretrained(root / "base")
+    words = {"<s>": 0, "<unk>": 1, **{f"w{i}": i for i in range(2, 96)}}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>")
+    tokenizer.save_pretrained(root / "base")
+    torch.manual_seed(0)
+    config: Any = peft.LoraConfig(target_modules=["q_proj"], layers_to_transform=[1], init_lora_weights=False)
+    peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(root / "adapter")
+    return str(root / "base"), str(root / "adapter")
+
+
+def test_the_command_diff_takes_an_adapter_of_the_base(adapter: tuple[str, str]) -> None:
+    done = run("diff", *adapter, "--score", "induction", "--json", "--top", 12)
+    assert done.exit_code == 0, done.output
+    heads = json.loads(done.stdout)["heads"]
+    moved = {row["id"].partition("H")[0] for row in heads if row["difference"] != 0}
+    # What lies below the adapted layer is untouched.
+    assert "L1" in moved and "L0" not in moved
+
+
+def test_an_adapter_that_does_not_fit_or_comes_first_is_refused(adapter: tuple[str, str], tmp_path: Path) -> None:
+    base, folder = adapter
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "target_modules": ["nothing_like_it"], "r": 8})
+    )
+    for arguments, words in (((base, other), "B must be an adapter of A"), ((folder, base), "got the PEFT adapter")):
+        done = run("diff", *arguments, "--score", "induction")
+        assert done.exit_code == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.output

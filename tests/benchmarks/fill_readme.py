@@ -17,6 +17,7 @@ import _readme_kernels
 import _readme_models
 import _readme_planted
 import _readme_proof
+import _readme_scenes
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,6 +28,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "kernels": _readme_kernels.section,
     "models": _readme_models.section,
     "planted": _readme_planted.section,
+    "scenes": _readme_scenes.section,
 }
 
 
