@@ -47,7 +47,7 @@ test-real: .venv/.stamp-dev ## the tests on real weights
 	$(call pytest,-m real)
 
 notebooks: .venv/.stamp-dev ## run every notebook; nothing is written
-	$(BIN)/python notebooks/_build.py $(NOTEBOOK_ARGS)
+	$(BIN)/python notebooks/_build.py --check $(NOTEBOOK_ARGS)
 
 lint: .venv/.stamp-dev ## ruff: rules and format
 	$(BIN)/ruff check --output-format concise $(SOURCES)

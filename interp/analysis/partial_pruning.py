@@ -144,7 +144,9 @@ def _of_head(
     def change(call: SiteCall, z: Tensor, row: Tensor) -> Tensor:
         p = pattern(call, torch.tensor([head.head], device=device))[:1, 0]
         if p.shape[1:] != removed.shape[1:]:
-            raise AnalysisError(f"parts must be {list(p.shape[1:])} as the map of {head}, got {list(removed.shape[1:])}")
+            raise AnalysisError(
+                f"parts must be {list(p.shape[1:])} as the map of {head}, got {list(removed.shape[1:])}"
+            )
         mass.append(((p * removed).sum((1, 2)) / p.sum()).cpu())
         kept = p * ~removed
         whole = p.sum(-1, keepdim=True)
