@@ -27,6 +27,7 @@ CELL = re.compile(r"^# %%(?P<markdown> \[markdown\])?[^\n]*\n", re.MULTILINE)
 # A widget's state is not saved, so its view could not be shown; what stands beside it in the notebook can.
 UNSAVED = "application/vnd.jupyter.widget-view+json"
 PATHS = re.compile(r"(?<![\w.])/(?:work|home|tmp|root|Users|usr|opt|mnt|data)/\S*")
+ADDRESS = re.compile(r"\bat 0x[0-9a-f]+")
 SETTINGS = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
@@ -103,6 +104,8 @@ def tidy(notebook: Any) -> None:
         cell.id, cell.metadata = f"cell-{number}", {}
         for output in cell.get("outputs", ()):
             output.get("data", {}).pop(UNSAVED, None)
+            if "text/plain" in output.get("data", {}):
+                output.data["text/plain"] = ADDRESS.sub("", output.data["text/plain"])
             texts = [
                 output.get("text", ""),
                 *(v for k, v in output.get("data", {}).items() if not k.startswith("image/")),
