@@ -18,7 +18,8 @@ class AnalysisInfo(NamedTuple):
         unit: of what it gives.
         control: what its result is to be held against.
         needs: what the model must be.
-        settings: keyword arguments and their defaults; ``"required"`` where there is none.
+        settings: keyword arguments and their defaults; ``"required"`` where there is none. What a function passes on
+            (``**settings``) is not among them.
     """
 
     name: str
@@ -34,6 +35,7 @@ class AnalysisInfo(NamedTuple):
 _WU = "Wu et al. 2025, https://arxiv.org/abs/2404.15574"
 _YEH = "Yeh et al. 2023, https://arxiv.org/abs/2305.03210"
 _LI = "after Li et al. 2023, https://arxiv.org/abs/2303.13731"
+_WANG = "Wang et al. 2022, https://arxiv.org/abs/2211.00593, section 4"
 _ANY, _VLM, _TEXT = "any model", "a vision-language model", "a language model with a tokenizer"
 _TABLE: dict[str, tuple[str, str, str, str, str]] = {
     # name: module, paper, unit, control, needs
@@ -80,6 +82,22 @@ _TABLE: dict[str, tuple[str, str, str, str, str]] = {
     "head_features": ("head_maps", f"ours, {_LI}", "standardised", "features shuffled over heads (Clusters.null)", _ANY),
     "fit_autoencoder": ("autoencoder", f"ours, {_LI}", "squared error", "principal components (pca_error)", "pooled maps"),
     "query_key_embedding": ("query_key_embedding", _YEH, "place", "rank agreement with dot products (agreement)", _ANY),
+    "kind_agreement": (
+        "ablation", "ours, after Chan et al. 2022, https://www.alignmentforum.org/posts/JvZhhzycHu2Yd57RN", "Spearman's rho",
+        "1, the agreement of a kind with itself", "logits",
+    ),
+    "faithfulness": ("faithfulness", _WANG, "fraction of the metric", "random rankings of the same layers (random_faithfulness)", "logits"),
+    "components": (
+        "logit_attribution", "Elhage et al. 2021, https://transformer-circuits.pub/2021/framework", "logits", "the real logit (total)",
+        "a residual stream (pre-norm)",
+    ),
+    "partial_pruning": (
+        "partial_pruning", f"ours, {_LI}", "of the metric", "the whole map set to zero (all)", "images, or masks for a map",
+    ),
+    "diagnose": (
+        "icl_regression", "He et al. 2025, https://arxiv.org/abs/2503.12734", "of the weights", "theory (best_mu, reduced_loss)",
+        "weights of one layer, no model",
+    ),
     "diff": ("diff", "ours", "of each score", "paired tests over samples (p_adjusted)", "two models of one shape"),
 }  # fmt: skip
 
@@ -97,5 +115,6 @@ def _info(name: str) -> AnalysisInfo:
     settings = {
         p.name: "required" if p.default is p.empty else p.default
         for p in inspect.signature(function).parameters.values()
+        if p.kind is not p.VAR_KEYWORD
     }
     return AnalysisInfo(name, module, summary, paper, unit, control, needs, settings)

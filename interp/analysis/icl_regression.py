@@ -97,7 +97,11 @@ class Diagnostics:
 
 
 def diagnose(W_Q: Floats, W_K: Floats, W_V: Floats, W_O: Floats) -> Diagnostics:
-    """Diagnostics of a layer with right multiplication: ``W_Q``, ``W_K``, ``W_V`` ``[H, d + 1, n]``, ``W_O`` ``[H, n, 1]``.
+    """What a layer trained on in-context linear regression has become: a :class:`Diagnostics` of its weights, no data needed.
+
+    Args:
+        W_Q, W_K, W_V: ``[H, d + 1, n]``, multiplied from the right; the last input is y.
+        W_O: ``[H, n, 1]``.
 
     Raises:
         AnalysisError: shapes that do not go together.

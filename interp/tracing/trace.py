@@ -22,6 +22,7 @@ CAPTURE_KEYWORD: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("received", "received_rows"), "received=True"),
         "pooled": "pooled=64",
         "offset": "offset=True",
+        **dict.fromkeys(("distance", "distance_mass"), "distance='euclidean'"),
         "row_attention": "rows='last'",
         "attention": "attention=True",
         "z": "z=True",
@@ -211,7 +212,9 @@ class Trace:
 
     def _title(self) -> str:
         model = self.attrs.get("model")
-        of = f" of {model}" if isinstance(model, str) else ""
+        # A session writes the model as a mapping (name, class, revision); others' traces may have its name alone.
+        name = (model.get("name") or model.get("class")) if isinstance(model, Mapping) else model
+        of = f" of {name}" if isinstance(name, str) and name else ""
         stacks = "1 stack" if len(self) == 1 else f"{len(self)} stacks"
         where = f", on disk at {self._path}" if self._path else ""
         return f"Trace{of}: {stacks}, {_size(self.nbytes)}{where}"

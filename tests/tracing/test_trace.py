@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,6 +142,19 @@ def test_a_reading_named_as_its_dim_is_a_reading(tmp_path: Path) -> None:
     np.testing.assert_array_equal(trace["text"]["offset"].sel(layer=2), values[:, 1])
     assert "  offset (sample, layer, head, offset) float32, 96 B" in trace.describe()
     assert "offset=True" not in trace.describe()
+
+
+@pytest.mark.parametrize(
+    ("model", "title"),
+    [
+        ({"name": "scenes-lvlm", "class": "LlavaForConditionalGeneration", "revision": None}, "Trace of scenes-lvlm: "),
+        ({"name": "", "class": "LlamaForCausalLM"}, "Trace of LlamaForCausalLM: "),
+        ({}, "Trace: "), (None, "Trace: "), (7, "Trace: "),
+    ],
+)  # fmt: skip
+def test_the_title_names_the_model_as_sessions_write_it(model: Any, title: str) -> None:
+    trace = Trace({"text": stack(entropy=(("sample",), np.zeros(1)))}, {"model": model})
+    assert trace.describe().startswith(title) and f"<b>{title}" in html_of(trace)
 
 
 def test_html_escapes_what_it_is_given() -> None:
