@@ -25,7 +25,7 @@ from interp.attention.edits import (
     Uniform,
 )
 from interp.attention.mask import Mask, VisibilityRule
-from interp.attention.readouts import MAX_TOPK, READING_AXES, OffsetBins, Readings, Readout, pooled_edge
+from interp.attention.readouts import MAX_TOPK, READING_AXES, Distances, OffsetBins, Readings, Readout, pooled_edge
 from interp.attention.validation import AttentionArgumentError
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "BackendUnavailable",
     "Blocks",
     "Boost",
+    "Distances",
     "DropKeys",
     "Edit",
     "Gain",

@@ -98,14 +98,18 @@ def attend(
                 backend=backend, want_output=want_output, lse=lse,
             )
         )  # fmt: skip
+    family = edit.family if isinstance(edit, Edit) else None
+    groups = None if family is None else edit.groups
     key = (
-        id(mask), id(edit), id(readout), scale, softcap, backend, want_output, torch.is_grad_enabled(),
+        id(mask), id(edit if family is None else family), id(readout), scale, softcap, backend, want_output, torch.is_grad_enabled(),
         kinds.shape_of(q), kinds.shape_of(k), kinds.shape_of(v), kinds.shape_of(sinks), kinds.shape_of(bias),
-        kinds.shape_of(lse),
+        kinds.shape_of(lse), kinds.shape_of(groups),
     ) if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor) else ()  # fmt: skip
     kind = kinds.known(key)
     if kind is not None and (short := kind.short) is not None:
-        return Attended(short(q, k, v, sinks, bias), Readings(backend=kind.backend_name))
+        return Attended(short(q, k, v, sinks, bias, groups), Readings(backend=kind.backend_name))
+    if family is not None:
+        kind = None  # what a kind without a short way keeps may be about the groups of another of the family
     call = Call(
         q=q,
         k=k,
@@ -125,10 +129,12 @@ def attend(
     if kind is None:
         call, kind = _first_of_kind(call, backend, (mask, edit, readout))
         # A table made by other tensors that want a gradient would be held with all of its history.
-        if not any(tensor.grad_fn is not None for tensor, _ in kind.versions):
+        if family is None and not any(tensor.grad_fn is not None for tensor, _ in kind.versions):
             kinds.remember(key, kind)
     output, readings = kind.backend.run(call)
     readings.backend = kind.backend_name
+    if family is not None and kind.short is not None:
+        kinds.remember(key, kind)
     return Attended(output, readings)
 
 

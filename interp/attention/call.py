@@ -30,7 +30,7 @@ from interp.attention.edits import (
     Uniform,
 )
 from interp.attention.mask import Mask
-from interp.attention.readouts import OffsetBins, Readout
+from interp.attention.readouts import Distances, OffsetBins, Readout
 
 AXES: dict[type, dict[str, str]] = {
     Gain: {"value": "bhq", "where": "bhq"},
@@ -46,6 +46,7 @@ AXES: dict[type, dict[str, str]] = {
     Redistribute: {"fraction": "bhq", "where": "bhq"},
     Edit: {"groups": "bK", "query_groups": "bQ"},
     OffsetBins: {"query_coords": "bQ.", "key_coords": "bK."},
+    Distances: {"query_coords": "bQ.", "key_coords": "bK."},
     Readout: {"groups": "bK", "query_groups": "bQ"},
 }
 """Axes of every tensor of an edit or readout: b, h, q may be 1 wide and stand for all, Q and K may not, . is free."""
@@ -194,10 +195,15 @@ def _tile_readout(readout: Readout, tile: Tile) -> tuple[Readout, Places]:
             return Readout(), Places()
     rows, row_places = _inside_or_none(readout.rows, tile.rows)
     output_rows, output_places = _inside_or_none(readout.group_output, tile.rows)
-    offset = readout.offset
+    offset, distance = readout.offset, readout.distance
     if offset is not None:
         offset = replace(offset, **tile.cut_fields(offset))
-    part = replace(readout, heads=heads, rows=rows, group_output=output_rows, offset=offset, **tile.cut_fields(readout))
+    if distance is not None:
+        distance = replace(distance, **tile.cut_fields(distance))
+    part = replace(
+        readout, heads=heads, rows=rows, group_output=output_rows, offset=offset, distance=distance,
+        **tile.cut_fields(readout),
+    )  # fmt: skip
     return part, Places(head_places, row_places, output_places)
 
 

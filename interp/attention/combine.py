@@ -38,6 +38,8 @@ def is_neutral(edit: Edit | None) -> bool:
     """
     if edit is None:
         return True
+    if edit.family is not None:
+        edit = edit.family  # what it does hangs on its operations alone
     known = _neutral.get(edit)
     if known is not None and known[1] == torch.is_grad_enabled() and unchanged(known[2]):
         return known[0]
@@ -102,6 +104,13 @@ def combine(*edits: Edit | None) -> Edit | None:
         return given[0] if given else None
     if torch.compiler.is_compiling():
         return reduce(_combine_two, given)
+    grouped = [edit for edit in given if edit.groups is not None or edit.query_groups is not None]
+    if len(grouped) == 1 and (family := grouped[0].family) is not None:
+        groups = grouped[0].groups
+        # Its groups are those of all, whatever they are: made once for the family.
+        kin = [family if edit is grouped[0] else edit for edit in given]
+        together = _known(kin) or _remember(kin, reduce(_combine_two, given))
+        return together if groups is None else together.regrouped(groups)
     return _known(given) or _remember(given, reduce(_combine_two, given))
 
 

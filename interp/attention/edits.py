@@ -12,7 +12,7 @@ positions (see :class:`~interp.attention.mask.Mask`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from torch import Tensor
 
@@ -204,9 +204,22 @@ class Edit:
     query_groups: Tensor | None = None
     n_groups: int | None = None
 
+    family: ClassVar[Edit | None] = None
+    """The edit that this one is, but for its key groups, where :meth:`regrouped` made it."""
+
     def __post_init__(self) -> None:
         ordered = tuple(sorted(self.operations, key=lambda op: STAGES.get(type(op), len(STAGES))))
         object.__setattr__(self, "operations", ordered)
+
+    def regrouped(self, groups: Tensor) -> Edit:
+        """The same operations on other key groups, int8 ``[B|1, Lk]``, whose values nobody checks again.
+
+        Decoding calls with edits of one family share everything that is prepared for a call, so that layers may differ in
+        their groups at no cost; checking values would make the host wait for the GPU at every layer.
+        """
+        made = object.__new__(Edit)
+        vars(made).update(vars(self), groups=groups, family=self)
+        return made
 
     def of(self, *kinds: type[T]) -> list[T]:
         """The operations of the given kinds, in the order in which they act."""

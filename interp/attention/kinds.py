@@ -25,8 +25,8 @@ KEPT = 64
 """Kinds remembered; a forward of a large vision-language model makes about ten."""
 
 
-Short = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
-"""z ``[B, Lq, H, Dv]`` from q, k, v, sinks and bias."""
+Short = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
+"""z ``[B, Lq, H, Dv]`` from q, k, v, sinks, bias and the edit's key groups where they differ from those of the kind."""
 SHORT = "short"
 """Where a backend leaves, in the memo of a kind that nobody reads or differentiates, a shorter way for calls after the first."""
 

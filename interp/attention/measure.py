@@ -12,7 +12,7 @@ from torch import Tensor
 from interp.attention.call import Call
 from interp.attention.groups import group_sums, one_hot
 from interp.attention.mask import Visible
-from interp.attention.readouts import OffsetBins, Readings
+from interp.attention.readouts import Distances, OffsetBins, Readings
 
 PEAK_BLOCK = 64
 MANY = 1 << 16
@@ -59,6 +59,8 @@ def read(
         readings.pooled, readings.pooled_edge = pooled(p, counted_rows(call, p), call.pooled_edge), call.pooled_edge
     if asked.offset is not None:
         readings.offset = offset_histogram(p, asked.offset, counted_rows(call, p))
+    if asked.distance is not None:
+        readings.distance, readings.distance_mass = distance(p, asked.distance)
     if asked.rows is not None:
         readings.rows = p[:, :, asked.rows]
     if asked.attention:
@@ -111,6 +113,20 @@ def entropy(p: Tensor) -> Tensor:
     """``-sum p ln p`` in nats, ``[B, H, Lq]``; 0 ln 0 is 0."""
     # Adding the smallest normal number changes no p above 1e-30 and keeps the logarithm finite at 0.
     return -(p + torch.finfo(p.dtype).tiny).log_().mul_(p).sum(-1)
+
+
+def distance(p: Tensor, asked: Distances) -> tuple[Tensor, Tensor]:
+    """Sums of p times distance, and of p, over the keys that have a place, each ``[B, H, Lq]``; 0 for queries without one."""
+    queries, keys = asked.query_coords.to(p.dtype), asked.key_coords.to(p.dtype)
+    along = [(queries[..., d, None] - keys[:, None, :, d]).abs() for d in range(queries.shape[-1])]
+    away = along[0]
+    if len(along) > 1:
+        away = torch.maximum(*along) if asked.hop else torch.hypot(*along)
+    placed = (keys >= 0).all(-1)
+    there = (queries >= 0).all(-1)[:, None].to(p.dtype)
+    away = away.masked_fill(~placed.unsqueeze(1), 0.0)
+    weight = (p @ placed[:, None, :, None].to(p.dtype)).squeeze(-1)
+    return (p * away.unsqueeze(1)).sum(-1) * there, weight * there
 
 
 def mass(call: Call, p: Tensor) -> Tensor:

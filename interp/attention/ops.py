@@ -23,10 +23,10 @@ from torch import Tensor
 from interp.attention import kinds
 from interp.attention.edits import STAGES, Edit
 from interp.attention.mask import Mask
-from interp.attention.readouts import READING_AXES, OffsetBins, Readings, Readout, pooled_edge
+from interp.attention.readouts import READING_AXES, Distances, OffsetBins, Readings, Readout, pooled_edge
 from interp.attention.validation import fail
 
-DESCRIBED = (Mask, Edit, Readout, OffsetBins, *STAGES)
+DESCRIBED = (Mask, Edit, Readout, OffsetBins, Distances, *STAGES)
 NUMBER_OF = {kind: str(number) for number, kind in enumerate(DESCRIBED)}
 FIELDS_OF = {kind: tuple(f.name for f in fields(cast(Any, kind))) for kind in DESCRIBED}
 OPERANDS = 3
@@ -39,6 +39,9 @@ KEPT = 64
 """Descriptions whose mask, edit and readout are kept, so that calls of one kind know each other."""
 KEPT_BYTES = 1 << 20
 """Largest mask, edit and readout kept: their tensors may be intermediate results, another one on every call."""
+
+BY_ROW = tuple(name for name, axes in READING_AXES.items() if axes == ("batch", "head", "query"))
+"""Readings of one number a row."""
 
 
 @dataclass(eq=False)
@@ -131,6 +134,7 @@ def _names(readout: Readout) -> list[str]:
         "group_output": readout.group_output is not None,
         "pooled": readout.pooled > 0,
         "offset": readout.offset is not None,
+        **dict.fromkeys(("distance", "distance_mass"), readout.distance is not None),
         "rows": readout.rows is not None,
         "attention": readout.attention,
     }
@@ -255,7 +259,7 @@ def _attend_fake(tensors: list[Tensor], numbers: list[float], sizes: list[int], 
     heads = n_heads if asked.heads is None else asked.heads.shape[0]
     by_row = (batch, heads, n_queries)
     shapes: dict[str, tuple[int, ...]] = {
-        **dict.fromkeys(("lse", "top_weight", "top_key", "entropy", "sink_share"), by_row),
+        **dict.fromkeys(BY_ROW, by_row),
         "mass": (*by_row, asked.n_groups),
         **dict.fromkeys(("topk_weight", "topk_key"), (*by_row, asked.topk)),
         **dict.fromkeys(("received", "received_rows"), (batch, heads, asked.n_query_groups, n_keys)),

@@ -34,6 +34,21 @@ class OffsetBins:
 
 
 @dataclass(frozen=True, eq=False)
+class Distances:
+    """How far apart queries and keys are, by their coordinates in 1-D (tokens) or 2-D (patches).
+
+    Args:
+        query_coords: int ``[B|1, Lq, n]``; a negative coordinate marks a special token, which has no place.
+        key_coords: int ``[B|1, Lk, n]``, likewise.
+        hop: the largest difference over the dimensions (Chebyshev) in place of the Euclidean distance; the same in 1-D.
+    """
+
+    query_coords: Tensor
+    key_coords: Tensor
+    hop: bool = False
+
+
+@dataclass(frozen=True, eq=False)
 class Readout:
     """Which readings to return.
 
@@ -50,6 +65,7 @@ class Readout:
         received: column sums per query group.
         pooled: block sums on a grid of at most P x P; 0 is none.
         offset: an :class:`OffsetBins`.
+        distance: a :class:`Distances`, for ``distance`` and ``distance_mass``.
         rows: int64 ``[R]`` query rows of this call whose exact p is wanted.
         attention: the full map.
     """
@@ -65,6 +81,7 @@ class Readout:
     received: bool = False
     pooled: int = 0
     offset: OffsetBins | None = None
+    distance: Distances | None = None
     rows: Tensor | None = None
     attention: bool = False
 
@@ -77,6 +94,7 @@ class Readout:
             or self.received
             or self.pooled
             or self.offset is not None
+            or self.distance is not None
             or self.rows is not None
             or self.attention
         )
@@ -96,6 +114,8 @@ READING_AXES: dict[str, tuple[str, ...]] = {
     "received_rows": ("batch", "head", "query_group", "key"),
     "pooled": ("batch", "head", "query_block", "key_block"),
     "offset": ("batch", "head", "offset"),
+    "distance": ("batch", "head", "query"),
+    "distance_mass": ("batch", "head", "query"),
     "rows": ("batch", "head", "row", "key"),
     "attention": ("batch", "head", "query", "key"),
 }
@@ -122,6 +142,8 @@ class Readings:
         pooled: ``[B, H, ceil(Lq / edge), ceil(Lk / edge)]`` block sums.
         pooled_edge: the block edge, the smallest power of two >= max(Lq, Lk) / P.
         offset: ``[B, H, bins + 1]`` summed p per offset (row-major over dimensions); the last bin has special tokens.
+        distance: ``[B, H, Lq]`` sum of p times distance over the keys that have a place; 0 in the row of a special token.
+        distance_mass: ``[B, H, Lq]`` sum of p over the same keys, 0 likewise; their quotient is the mean distance.
         rows: ``[B, H, R, Lk]`` exact rows of p.
         attention: ``[B, H, Lq, Lk]`` the full map.
         backend: which backend computed the call.
@@ -141,6 +163,8 @@ class Readings:
     pooled: Tensor | None = None
     pooled_edge: int | None = None
     offset: Tensor | None = None
+    distance: Tensor | None = None
+    distance_mass: Tensor | None = None
     rows: Tensor | None = None
     attention: Tensor | None = None
     backend: str | None = None

@@ -31,7 +31,7 @@ from interp.attention.edits import (
     Temperature,
 )
 from interp.attention.mask import Mask
-from interp.attention.readouts import MAX_TOPK, OffsetBins, Readout
+from interp.attention.readouts import MAX_TOPK, Distances, OffsetBins, Readout
 
 Sizes = dict[str, int]
 AXIS_NAMES = {"b": "B", "h": "H", "q": "Lq", "k": "Lk", "Q": "Lq", "K": "Lk"}
@@ -204,7 +204,10 @@ def check_edit(edit: Edit, mask: Mask, sizes: Sizes) -> None:
     check_group_number("edit.n_groups", edit.key_groups)
     check_group_number("edit.query_groups (from the weights' third axis)", edit.row_groups)
     if edit.groups is not None:
-        check_groups("edit.groups", edit.groups, "bK", sizes, edit.key_groups)
+        if edit.family is None:
+            check_groups("edit.groups", edit.groups, "bK", sizes, edit.key_groups)
+        else:
+            check_shape("edit.groups", edit.groups, "bK", sizes, "int")
     elif edit.key_groups > 1 and edit.of(Boost, GroupWeights, Redistribute):
         fail("edit.groups", f"must be given where operations speak of {edit.key_groups} key groups", None)
     if edit.query_groups is not None:
@@ -320,7 +323,7 @@ def check_not_negative(name: str, value: Tensor | float) -> None:
         )
 
 
-def check_coords(name: str, thing: Neighbourhood | OffsetBins, dimensions: tuple[int, ...]) -> None:
+def check_coords(name: str, thing: Neighbourhood | OffsetBins | Distances, dimensions: tuple[int, ...]) -> None:
     widths = thing.query_coords.shape[-1], thing.key_coords.shape[-1]
     if widths[0] != widths[1] or widths[0] not in dimensions:
         fail(f"{name}.query_coords, key_coords", f"must have the same last axis, of {dimensions}", widths)
@@ -346,20 +349,19 @@ def check_readout(readout: Readout, mask: Mask, sizes: Sizes) -> None:
         rows = getattr(readout, name)
         if rows is not None:
             check_index(f"readout.{name}", rows, sizes["Lq"])
-    if readout.offset is not None:
+    for name, asked in (("readout.offset", readout.offset), ("readout.distance", readout.distance)):
+        if asked is None:
+            continue
         if mask.cross:
-            fail(
-                "readout.offset",
-                "needs self attention: queries and keys are different sequences",
-                "a cross attention call",
-            )
-        check_offset(readout.offset, sizes)
+            fail(name, "needs self attention: queries and keys are different sequences", "a cross attention call")
+        for field, axes in AXES[type(asked)].items():
+            check_shape(f"{name}.{field}", getattr(asked, field), axes, sizes, "int")
+        check_coords(name, asked, (1, 2))
+    if readout.offset is not None:
+        check_bins(readout.offset)
 
 
-def check_offset(bins: OffsetBins, sizes: Sizes) -> None:
-    for field, axes in AXES[OffsetBins].items():
-        check_shape(f"readout.offset.{field}", getattr(bins, field), axes, sizes, "int")
-    check_coords("readout.offset", bins, (1, 2))
+def check_bins(bins: OffsetBins) -> None:
     n = bins.query_coords.shape[-1]
     if len(bins.lo) != n or len(bins.hi) != n or any(low > high for low, high in zip(bins.lo, bins.hi, strict=True)):
         fail("readout.offset.lo, hi", f"must have {n} entries each, lo <= hi", f"{bins.lo}, {bins.hi}")

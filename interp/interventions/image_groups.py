@@ -176,7 +176,8 @@ class KeyGroups:
             grown = torch.nn.functional.pad(self.codes, (0, room - self.codes.shape[1]), value=self.beyond)
             buffer = grown.repeat_interleave(repeats(batch, len(grown)), 0).to(call.q.device)
             self.buffers[key] = buffer
-        return buffer[:, start : start + n_keys].contiguous()
+        # Rows may lie further apart than their keys: copied, they would have to be at every token.
+        return buffer[:, start : start + n_keys]
 
     def edit(self, call: SiteCall, template: Edit) -> Edit:
         """``template`` with the call's groups; the same object for all layers, and as long as no key is added."""
@@ -184,5 +185,5 @@ class KeyGroups:
         key = (call.q.shape[0], call.k.shape[2], call.mask.kv_offset)
         known = self.edits.get(place)
         if known is None or known[0] is not template or known[1] != key:
-            self.edits[place] = known = (template, key, replace(template, groups=self.of(call)))
+            self.edits[place] = known = (template, key, template.regrouped(self.of(call)))
         return known[2]

@@ -172,7 +172,15 @@ class VAR(Intervention):
             layers=layers, dims=dims, tau=tau, largest=0.0, template=self._edit(None),
             sinks=dict(earlier.get("sinks", {})), groups=dict[int, KeyGroups](), shared=dict[int, KeyGroups | None](),
         )  # fmt: skip
-        run.at_end.append(watch_layer_inputs(root, sites, lambda site, x: self._note(run, prompt, site, x)))
+
+        def note(site: Site, x: Tensor) -> None:
+            if run.past_length < prompt.kind.shape[1]:
+                self._note(run, prompt, site, x)
+            else:
+                unwatch()  # a hook on every layer would cost each generated token as much as the edit
+
+        unwatch = watch_layer_inputs(root, sites, note)
+        run.at_end.append(unwatch)
 
     def acts_on(self, site: Site, run: RunState) -> bool:
         return site.stack == "text" and site.layer in run.of(self).get("layers", ())
@@ -202,7 +210,7 @@ class VAR(Intervention):
     def _note(self, run: RunState, prompt: Prompt, site: Site, x: Tensor) -> None:
         """Find the sinks among new positions of the prompt, from what enters a layer ``[B, L, d]``."""
         state, start, length = run.of(self), run.past_length, prompt.kind.shape[1]
-        if start >= length or "template" not in state:
+        if "template" not in state:
             return
         times = max(1, len(x) // len(prompt))
         strength = phi(x[::times, : length - start], state["dims"].dims)

@@ -3,8 +3,8 @@
 1. A first pass walks over the keys with a running softmax: z where nothing more must be known first, and the log-sum-exp.
 2. Weights of key groups that depend on a row's masses (redistribution, several operations in turn) are worked out from the
    masses of the first pass, by the specification's own functions.
-3. With the softmax known, a second pass gives what needs final probabilities: columns, block sums, maps, the largest k, and
-   z under the weights of step 2.
+3. With the softmax known, a second pass gives what needs final probabilities: columns, block sums, distances, maps, the largest k,
+   and z under the weights of step 2.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Plan:
         found = self.passes.get(name)
         if found is None:
             asked = wanted()
-            fast = asked.given and not (asked.output or asked.map) and covers(self.shared, asked)
+            fast = asked.given and not (asked.output or asked.map or asked.distance) and covers(self.shared, asked)
             found = self.passes[name] = StatisticsPass(self.shared, asked) if fast else Pass(self.shared, asked)
         return found(x)
 
@@ -111,7 +111,7 @@ class Plan:
         asked = call.readout
         final = bool(
             asked.received or asked.pooled or asked.topk or asked.rows is not None or asked.attention
-            or asked.group_output is not None or asked.offset is not None
+            or asked.group_output is not None or asked.offset is not None or asked.distance is not None
         )  # fmt: skip
         q, k, v = operands(call)
         x = Live(q, k, v, call.sinks, None if call.bias is None else row_major(call.bias))
@@ -187,6 +187,9 @@ class Plan:
             readings.attention = self.walk("map", x, lambda: replace(known, map=True))["map"]
         if asked.group_output is not None:
             readings.group_output = self.walk("group output", x, lambda: _group_output(call, known))["group_output"]
+        if asked.distance is not None:
+            given = self.walk("distance", x, lambda: replace(known, distance=asked.distance))
+            readings.distance, readings.distance_mass = given["distance"], given["distance_mass"]
         if asked.offset is not None:
             readings.offset = self._offset(call, known, x)
         return z

@@ -146,7 +146,7 @@ class Work:
             call.sinks is not None, row_scale[0] is not None, gain[0] is not None, not together & 7,
         )  # fmt: skip
         dtypes = None
-        if not exotic and not together & 15 and together < 1 << 31:
+        if not exotic and not together & 15 and together < 1 << 31 and aligned_to_16(groups[0]):
             pointers = (call.sinks, row_scale[0], gain[0], firsts[0], groups[0], weights.values[0], weights.values[5])
             dtypes = (q.dtype, *(None if x is None else x.dtype for x in pointers))
         return cls(
@@ -171,6 +171,11 @@ class Work:
 def with_batch_stride(table: Tensor) -> Values:
     """A table ``[B|1, ...]`` and its stride, 0 where it stands for all samples."""
     return table, table.stride(0) if table.shape[0] > 1 else 0
+
+
+def aligned_to_16(table: Tensor | None) -> bool:
+    """Whether a table starts where a variant compiled for wide loads may read it."""
+    return table is None or not table.data_ptr() & 15
 
 
 def _by_row(operations: list[Any]) -> tuple[float, Values]:

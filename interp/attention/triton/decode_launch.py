@@ -13,7 +13,7 @@ from torch import Tensor
 from interp.attention.readouts import Readout
 from interp.attention.triton import tuned
 from interp.attention.triton.decode import combine_kernel, decode_kernel
-from interp.attention.triton.decode_arguments import UNEDITED_FLAGS, Values, Work, with_batch_stride
+from interp.attention.triton.decode_arguments import UNEDITED_FLAGS, Values, Work, aligned_to_16, with_batch_stride
 from interp.attention.triton.devices import interpreted
 from interp.attention.triton.launching import first_launch
 from interp.attention.triton.tables import next_power, row_major
@@ -111,11 +111,12 @@ class Start:
             self.again = _compiled[variant][grid]
         self.launched = False
 
-    def __call__(self, live: Values, aligned: bool) -> None:
+    def __call__(self, live: Values, aligned: bool, fixed: Values | None = None) -> None:
+        """Start with the tensors of this call, and with ``fixed`` in the place of the fixed arguments where it is given."""
+        given = (*live, *(self.fixed if fixed is None else fixed))
         if aligned and self.again is not None:
-            self.again(*live, *self.fixed)
+            self.again(*given)
             return
-        given = (*live, *self.fixed)
         if interpreted() or (self.launched and not aligned):
             self.kernel[self.grid](*given, **self.options)
             return
@@ -173,7 +174,7 @@ class Pass:
         )
         group_at = (None, 0) if groups is None else with_batch_stride(row_major(groups))
         variant = None
-        if work.dtypes is not None:
+        if work.dtypes is not None and aligned_to_16(group_at[0]):
             variant = (
                 work.device.index,
                 work.dtypes,
@@ -182,6 +183,8 @@ class Pass:
                 group_at[0] is not None and groups is not None and groups.dtype,
             )
         fixed = (0.0, parts, *work.values, *group_at, *work.tail, *constants)
+        # Where the edit's groups stand, if the kernel looks at them.
+        self.groups_at = None if work.tail[0] is None else len(work.values) + 4
         grid = (batch * n_kv * tile.row_blocks * parts, 1, 1)
         self.walk = Start(decode_kernel, grid, fixed, tile.config.warps, tile.config.stages, variant)
         self.combine = None
@@ -197,16 +200,20 @@ class Pass:
             variant = None if work.dtypes is None else (work.device.index, work.dtypes, combining)
             self.combine = Start(combine_kernel, (n_rows, 1, 1), fixed, 4, 1, variant)
 
-    def output_of(self, x: Live) -> Tensor:
-        """z alone, of a pass that gives nothing else."""
+    def output_of(self, x: Live, groups: Tensor | None = None) -> Tensor:
+        """z alone, of a pass that gives nothing else; ``groups`` are the edit's where they are not those of ``work``."""
         q, k, v, sinks, bias = x
-        aligned = not (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15
+        aligned, fixed = not (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15, None
+        if groups is not None and (at := self.groups_at) is not None:
+            groups = row_major(groups)
+            aligned = aligned and aligned_to_16(groups)
+            fixed = (*self.walk.fixed[:at], groups, *self.walk.fixed[at + 1 :])
         z = q.new_empty(self.z_shape)
         if self.combine is None:
-            self.walk((q, k, v, sinks, bias, z, *NOTHING), aligned)
+            self.walk((q, k, v, sinks, bias, z, *NOTHING), aligned, fixed)
             return z
         part = torch.empty(self.part_size, dtype=torch.float32, device=self.device)
-        self.walk((q, k, v, sinks, bias, z, part, *NOTHING[1:]), aligned)
+        self.walk((q, k, v, sinks, bias, z, part, *NOTHING[1:]), aligned, fixed)
         self.combine((sinks, z, part, *NOTHING[:4]), True)
         return z
 

@@ -68,14 +68,16 @@ class Decoding:
         plain = call.want_output and not (self.stats or self.from_map or self.in_turn)
         self.short: Short | None = self._output if plain else None
 
-    def _output(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor | None) -> Tensor:
+    def _output(
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor | None, groups: Tensor | None
+    ) -> Tensor:
         """z of a call of this kind, of which nothing else is wanted."""
         x = Live(row_major(q), row_major(k), row_major(v), sinks, None if bias is None else row_major(bias))
         index = q.device.index
         if index is None or index == torch.cuda.current_device():
-            return self.main.output_of(x)
+            return self.main.output_of(x, groups)
         with torch.cuda.device(index):
-            return self.main.output_of(x)
+            return self.main.output_of(x, groups)
 
     def run(self, call: Call) -> tuple[Tensor | None, Readings]:
         """z and readings of a call of this kind."""
@@ -145,5 +147,5 @@ def _reads_map(call: Call) -> bool:
     asked = call.readout
     return bool(
         asked.received or asked.pooled or asked.topk or asked.rows is not None or asked.attention
-        or asked.group_output is not None or asked.offset is not None
+        or asked.group_output is not None or asked.offset is not None or asked.distance is not None
     )  # fmt: skip

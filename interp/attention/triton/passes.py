@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from interp.attention.edits import Redistribute
+from interp.attention.readouts import Distances
 from interp.attention.triton import configs
 from interp.attention.triton.launching import Arguments, Launch, placeholder
 from interp.attention.triton.rows import rows_kernel
@@ -25,7 +26,7 @@ class Wanted:
         row_stats: top weight and key, entropy, mass per group.
         groups: int8 ``[B|1, Lk]`` for ``mass`` and for ``output`` by group; None is one group.
         n_groups: how many.
-        topk, columns, pooled: as in :class:`~interp.attention.readouts.Readout`; these need ``given``.
+        topk, columns, pooled, distance: as in :class:`~interp.attention.readouts.Readout`; these need ``given``.
         map: probabilities themselves.
         count: visible rows per key instead of anything of p.
         by_group: split the output by key group.
@@ -44,6 +45,7 @@ class Wanted:
     topk: int = 0
     columns: bool = False
     pooled: bool = False
+    distance: Distances | None = None
     map: bool = False
     count: bool = False
     by_group: bool = False
@@ -114,6 +116,7 @@ class Pass:
             a.update(per_row("weight", None, nothing))
         a.update(MASS=wanted.row_stats or wanted.move is not None)
         _move(a, shared, wanted, config.bn)
+        _places(a, wanted.distance, nothing)
         groups = wanted.groups if a["MASS"] or wanted.by_group else None
         a.update(
             groups_ptr=nothing if groups is None else groups, groups_b=0 if groups is None else strides(groups, 1)[0],
@@ -168,6 +171,9 @@ class Pass:
         if wanted.topk:
             self.buffers.append(Buffer("topk_weight_ptr", "topk_weight", (*rows, 8)))
             self.buffers.append(Buffer("topk_key_ptr", "topk_key", (*rows, 8), torch.int32))
+        if wanted.distance is not None:
+            self.buffers.append(Buffer("distance_ptr", "distance", rows))
+            self.buffers.append(Buffer("distance_mass_ptr", "distance_mass", rows))
         if wanted.map:
             self.buffers.append(Buffer("map_ptr", "map", (batch, heads, n_rows, n_keys), zeros=True))
         a.update(z_b=0, z_h=0, z_m=0, z_g=0)
@@ -264,9 +270,19 @@ def _move(a: Arguments, shared: Tables, wanted: Wanted, bn: int) -> None:
     a.update(per_row("fraction", shared.fraction, nothing), moved_ptr=moved, moved_b=strides(moved, 1)[0])
 
 
+def _places(a: Arguments, asked: Distances | None, nothing: Tensor) -> None:
+    """Arguments of distances: coordinates as int32, side by side for each place."""
+    a.update(query_places_ptr=nothing, query_places_b=0, key_places_ptr=nothing, key_places_b=0, DISTANCE=0, HOP=False)
+    if asked is None:
+        return
+    queries, keys = (x.to(torch.int32).contiguous() for x in (asked.query_coords, asked.key_coords))
+    a.update(query_places_ptr=queries, query_places_b=strides(queries, 1)[0], DISTANCE=queries.shape[-1], HOP=asked.hop)
+    a.update(key_places_ptr=keys, key_places_b=strides(keys, 1)[0])
+
+
 POINTERS = (
     "z", "lse", "top_weight", "top_key", "entropy", "mass", "share", "topk_weight", "topk_key", "part", "pool", "map",
-    "sinks", "bias", "weight",
+    "distance", "distance_mass", "sinks", "bias", "weight",
 )  # fmt: skip
 """Pointers that a launch may do without."""
 

@@ -23,6 +23,7 @@ from interp.attention.triton.tiles import (
     NEIGHBOURHOOD_BIT,
     SINK_WINDOW_BIT,
     UNIFORM_BIT,
+    apart,
     by_group,
     capped,
     dropped,
@@ -42,7 +43,7 @@ RUNNING_INTS = [
     "beta_b", "beta_h", "beta_q", "weight_b", "weight_h", "weight_q", "drop_b", "drop_h", "drop_q", "sw_h", "sw_window_h",
     "blocks_h", "blocks_q", "near_h", "near_qb", "near_kb", "edit_groups_b", "groups_b", "query_groups_b", "list_h",
     "list_q", "first_b", "table_b", "edit_table_b", "fraction_b", "fraction_h", "fraction_q", "moved_b", "pool_h", "pool_q",
-    "part_rows", "first_block", "map_h",
+    "part_rows", "first_block", "map_h", "query_places_b", "key_places_b",
 ]  # fmt: skip
 """Arguments whose value must not choose a specialisation: lengths and strides that change from call to call."""
 
@@ -73,6 +74,7 @@ def rows_kernel(
     fraction_ptr, fraction_b, fraction_h, fraction_q, moved_ptr, moved_b, summ, rho,
     top_weight_ptr, top_key_ptr, entropy_ptr, mass_ptr, share_ptr, topk_weight_ptr, topk_key_ptr,
     part_ptr, part_rows, first_block, pool_ptr, pool_h, pool_q, map_ptr, map_h,
+    query_places_ptr, query_places_b, key_places_ptr, key_places_b, distance_ptr, distance_mass_ptr,
     BM: tl.constexpr, BN: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     KV_GROUP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, ALWAYS_MASK: tl.constexpr, LISTS: tl.constexpr,
@@ -87,14 +89,14 @@ def rows_kernel(
     MAP: tl.constexpr, COUNT: tl.constexpr, HEAD_LIST: tl.constexpr, ROW_LIST: tl.constexpr,
     N_QUERY_GROUPS: tl.constexpr, QUERY_GROUPS: tl.constexpr,
     MASS: tl.constexpr, MOVE: tl.constexpr, SOURCE: tl.constexpr, TARGET: tl.constexpr, GATE_MASS: tl.constexpr,
-    GATE_SHARE: tl.constexpr,
+    GATE_SHARE: tl.constexpr, DISTANCE: tl.constexpr, HOP: tl.constexpr,
 ):  # fmt: skip
     """One block of rows of one head.
 
     ``WEIGHT`` is 0 (none), 1 (the logarithm of weights is added to the scores: they act inside the softmax), 2 (p is
     multiplied). ``FOLD`` leaves the scale to the exponent's multiply-add, where nothing between them needs scores in their own
     unit. ``COUNT`` replaces p by 1 on visible keys, for ``received_rows``. ``OUTPUT_GROUPS`` restricts the product
-    with v to the keys of group ``program_id(1)``.
+    with v to the keys of group ``program_id(1)``. ``DISTANCE`` is the number of coordinates of a place, 0 for no distances.
 
     ``MOVE`` redistributes (SOURCE, TARGET and the gates are sets of the edit's groups, as bits) in one walk: the masses that
     decide it are there at its end, when only the tiles with a source or target key are visited once more, to add
@@ -186,6 +188,12 @@ def rows_kernel(
         best = tl.zeros([BM, 8], tl.float32)
         best_key = tl.zeros([BM, 8], tl.int32) - 1 - slots[None, :]
         worst = tl.zeros([BM], tl.float32)
+    if DISTANCE:
+        reach = tl.zeros([BM], tl.float32)
+        reach_mass = tl.zeros([BM], tl.float32)
+        query_at = query_places_ptr + b * query_places_b + rows * DISTANCE
+        q_first = tl.load(query_at, mask=row_ok, other=-1).to(tl.float32)
+        q_second = tl.load(query_at + (DISTANCE - 1), mask=row_ok, other=-1).to(tl.float32)
 
     # Which keys
     first_real = 0
@@ -535,6 +543,12 @@ def rows_kernel(
                             left_over = tl.where(taken, -1.0, left_over)
                             largest = tl.max(left_over, 1)
                             rises = largest > worst
+                if DISTANCE:
+                    key_at = key_places_ptr + b * key_places_b + cols * DISTANCE
+                    away, placed = apart(q_first, q_second, key_at, col_ok, DISTANCE, HOP)
+                    near_p = tl.where(placed[None, :], p, 0.0)
+                    reach += tl.sum(near_p * away, 1)
+                    reach_mass += tl.sum(near_p, 1)
                 if COLUMNS:
                     part_at = (
                         part_ptr + (bh.to(tl.int64) * N_QUERY_GROUPS * part_rows + block - first_block) * n_keys + cols
@@ -634,6 +648,10 @@ def rows_kernel(
         best_at = row_at[:, None] * 8 + slots[None, :]
         tl.store(topk_weight_ptr + best_at, best, mask=row_ok[:, None])
         tl.store(topk_key_ptr + best_at, tl.where(best > 0, best_key + kv_offset, -1), mask=row_ok[:, None])
+    if DISTANCE:
+        there = (q_first >= 0) & (q_second >= 0)
+        tl.store(distance_ptr + row_at, tl.where(there, reach, 0.0), mask=row_ok)
+        tl.store(distance_mass_ptr + row_at, tl.where(there, reach_mass, 0.0), mask=row_ok)
     if OUTPUT:
         if GAIN:
             gain_at = gain_ptr + b * gain_b + h * gain_h + rows * gain_q

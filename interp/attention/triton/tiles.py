@@ -83,6 +83,23 @@ def near(query_coords, key_coords, query_base, key_base, rows, row_ok, cols, col
 
 
 @triton.jit
+def apart(q_first, q_second, key_at, col_ok, N_COORDS: tl.constexpr, HOP: tl.constexpr):
+    """Distances ``[BM, BN]`` of rows at fp32 coordinates (the second one only in 2-D) to keys, and which keys have a place."""
+    first = tl.load(key_at, mask=col_ok, other=-1)
+    placed = first >= 0
+    away = tl.abs(q_first[:, None] - first.to(tl.float32)[None, :])
+    if N_COORDS == 2:
+        second = tl.load(key_at + 1, mask=col_ok, other=-1)
+        placed = placed & (second >= 0)
+        along = tl.abs(q_second[:, None] - second.to(tl.float32)[None, :])
+        if HOP:  # noqa: SIM108 - a constant decides
+            away = tl.maximum(away, along)
+        else:
+            away = tl.sqrt(away * away + along * along)
+    return away, placed
+
+
+@triton.jit
 def seen_keys(
     first_row, last_row, n_keys, delta, left, right, first_real, CAUSAL: tl.constexpr, LEFT: tl.constexpr,
     RIGHT: tl.constexpr, PADDING: tl.constexpr,

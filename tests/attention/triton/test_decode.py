@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from interp.attention import (
+    AttentionArgumentError,
     Blocks,
     Boost,
     DropKeys,
@@ -27,6 +28,7 @@ from interp.attention import (
     Threshold,
     Uniform,
     attend,
+    combine,
     kinds,
     reference,
 )
@@ -344,3 +346,53 @@ def test_later_calls_of_a_kind_take_the_short_way(splits: int, monkeypatch: pyte
         torch.testing.assert_close(got.output, wanted, atol=5e-6, rtol=5e-6)
     (short,) = {kind.short is not None for kind in kinds._kinds.values() if kind.backend_name == "triton"}  # pyright: ignore[reportPrivateUsage]
     assert short
+
+
+FAMILIES = {
+    "moved": Edit((Redistribute((1,), (2,), 0.4, (1, 2), (2,), 0.1, 0.2),), n_groups=3),
+    "weights": Edit((GroupWeights(torch.tensor([1.0, 0.2, 0.0]).reshape(1, 1, 1, 3), False),), n_groups=3),
+    "boost": Edit((Boost(torch.tensor([0.0, 0.3, -0.2]).reshape(1, 1, 1, 3)),), n_groups=3),
+}
+
+
+@pytest.mark.parametrize("gain", [False, True], ids=["", "with a gain"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_that_differ_in_their_groups_share_a_kind(
+    family: str, gain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values of groups are read by the kernel alone: neither checked nor baked in, and never mistaken for another layer's."""
+    kinds.clear()
+    template = converted(FAMILIES[family], torch.float32)
+    made = call()
+    given = {name: getattr(made, name).to(DEVICE) for name in ("q", "k", "v")}
+    buffers = [groups(keys=KEYS + 5).to(DEVICE) for _ in range(3)]
+    other = Edit((Gain(converted(rand(1, 4, 1), torch.float32)),))
+    prepared: list[Call] = []
+    init = decoding.Decoding.__init__
+    monkeypatch.setattr(decoding.Decoding, "__init__", lambda self, *a: (prepared.append(a[0]), init(self, *a))[1])
+    for turn, codes in itertools.product(range(2), buffers):
+        # Rows further apart than their keys, and (in the second turn) tables that start anywhere.
+        own = ((codes + turn) % 3)[:, turn : turn + KEYS]
+        edit = template.regrouped(own)
+        if gain:
+            edit = combine(edit, other)
+            assert edit is not None and edit.family is not None
+        with torch.no_grad():
+            output = attend(**given, scale=0.4, edit=edit, backend="triton").output
+        plain = replace(edit, groups=own.contiguous())
+        assert plain.family is None
+        exact = reference.run(
+            replace(made, **{n: converted(getattr(made, n), torch.float64) for n in ("q", "k", "v")},
+                    edit=converted(plain, torch.float64))
+        )[0]  # fmt: skip
+        assert output is not None and exact is not None
+        torch.testing.assert_close(output.cpu().double(), exact, atol=5e-6, rtol=5e-6)
+    assert len(prepared) == 1
+    kinds.clear()
+
+
+def test_an_edit_of_a_family_is_checked_for_its_shape() -> None:
+    template = Edit((Redistribute((1,), (2,), 0.4, (1, 2), (2,)),), n_groups=3)
+    made = call()
+    with pytest.raises(AttentionArgumentError, match=r"edit\.groups: .*Lk = 43.*; got .*42"):
+        attend(made.q, made.k, made.v, scale=0.4, edit=template.regrouped(groups(keys=42)), backend="reference")
