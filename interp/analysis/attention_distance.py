@@ -34,7 +34,8 @@ class AttentionDistance(HeadScore):
     """Mean attention distance, Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929, figure 7 (reference snippet of Keras).
 
     Formula: ``1 / N sum_i sum_j A_ij d(i, j)`` over ordinary queries and keys: patches on their grid, or tokens in a row; CLS, BOS and
-    other special tokens are left out on both sides *without* renormalising, as the snippet does. From ``offset``, linear in length.
+    other special tokens are left out on both sides *without* renormalising, as the snippet does. From ``distance`` and
+    ``distance_mass``, linear in length.
 
     Unit: patches (``metric="euclidean"``: of their centres; ``"hop"``: Chebyshev rings) or tokens; times the patch's edge in pixels it
     is the paper's.
@@ -80,25 +81,20 @@ class AttentionDistance(HeadScore):
 
     def values(self, model: Model, sample: Any, probe: Any) -> tuple[Floats, Floats | None]:
         inputs = inputs_of(sample, model)
-        histogram = forward(model, inputs, Capture(offset=True, stacks=(self.stack,)), self.stack)["offset"]
+        data = forward(model, inputs, Capture(distance=self.metric, stacks=(self.stack,)), self.stack)
         places = places_of(model, inputs, self.stack)
-        distance = distances(histogram, self.metric)
         ordinary = (~np.isnan(places)).all(-1).sum(-1)
-        total = histogram.isel(offset=~np.isnan(distance)).sum("offset", skipna=False)
+        total, weighted = (row_sums(data[name]) for name in ("distance_mass", "distance"))
         n = total if self.renormalise else xr.DataArray(ordinary, dims="sample")
-        weighted = histogram * xr.DataArray(np.nan_to_num(distance), dims="offset")
-        value = on_grid(weighted.sum("offset", skipna=False) / n, model, self.stack)
+        value = on_grid(weighted / n, model, self.stack)
         causal = all(site.causal for site in anatomy(model.module).stacks[self.stack])
         uniform = np.array([uniform_distance(p, self.metric, causal, self.renormalise) for p in places])
         return value, np.where(np.isnan(value), np.nan, uniform[:, None, None])
 
 
-def distances(histogram: xr.DataArray, metric: str) -> Floats:
-    """Distance of each bin ``[offset]``, NaN for the bin of special tokens."""
-    if "offset_position" in histogram.coords:
-        return np.abs(histogram["offset_position"].values)
-    rows, columns = histogram["offset_row"].values, histogram["offset_column"].values
-    return np.hypot(rows, columns) if metric == "euclidean" else np.maximum(np.abs(rows), np.abs(columns))
+def row_sums(by_row: xr.DataArray) -> xr.DataArray:
+    """Sums over the rows that were read, in double precision; NaN where none was."""
+    return by_row.astype(np.float64).sum("query", min_count=1)
 
 
 def places_of(model: Model, inputs: Mapping[str, Any], stack: str) -> Floats:

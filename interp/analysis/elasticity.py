@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import xarray as xr
 
+from interp.analysis.attention_distance import row_sums
 from interp.analysis.entropy import shuffle
 from interp.analysis.running import AnalysisError, Floats, HeadScore, forward, inputs_of, on_grid
 from interp.analysis.sink import cut
@@ -22,7 +22,8 @@ class Elasticity(HeadScore):
 
     Formula: text cut to each of ``lengths``; reach = mean of ``i - j`` under A over the last ``rows`` rows, special tokens left out and the
     rest renormalised; elasticity = least-squares slope of ``ln(reach + 1)`` on ``ln(length)``. 0: a fixed span; 1: a span in proportion
-    to the text (a uniform head). From ``offset`` of those rows, linear in length; one forward a length.
+    to the text (a uniform head). From ``distance`` and ``distance_mass`` of those rows, linear in length; one
+    forward a length.
 
     Unit: exponent.
 
@@ -69,13 +70,10 @@ class Elasticity(HeadScore):
 
     def _reach(self, model: Model, inputs: Mapping[str, Any], length: int) -> Floats:
         rows = tuple(range(length - self.rows, length))
-        capture = Capture(offset=True, queries=rows, stacks=("text",))
-        found = forward(model, cut(inputs, length), capture, "text")["offset"]
-        distance = found["offset_position"].values
-        kept = found.isel(offset=~np.isnan(distance))
-        weighted = kept * xr.DataArray(distance[~np.isnan(distance)], dims="offset")
-        total = kept.sum("offset", skipna=False)
-        return on_grid(weighted.sum("offset", skipna=False) / total.where(total > 0), model, "text")
+        capture = Capture(distance="euclidean", queries=rows, stacks=("text",))
+        found = forward(model, cut(inputs, length), capture, "text")
+        weighted, total = row_sums(found["distance"]), row_sums(found["distance_mass"])
+        return on_grid(weighted / total.where(total > 0), model, "text")
 
 
 def slope(x: Floats, y: Floats) -> Floats:

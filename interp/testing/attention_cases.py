@@ -14,6 +14,7 @@ import torch
 from interp.attention import (
     Blocks,
     Boost,
+    Distances,
     DropKeys,
     Edit,
     Gain,
@@ -202,6 +203,7 @@ class Maker:
             received=True,
             pooled=self.integer(1, 20),
             offset=OffsetBins(query_coords, key_coords, (-3,) * n, (4,) * n),
+            distance=Distances(query_coords, key_coords, hop=bool(self.integer(0, 1))),
             rows=self.integers(0, self.n_queries - 1, self.integer(1, 4)),
             attention=True,
         )

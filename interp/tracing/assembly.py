@@ -18,7 +18,18 @@ if TYPE_CHECKING:
     from interp.tracing.capture import Capture
     from interp.tracing.runs import Sequences
 
-ROW_VARIABLES = ("lse", "top_weight", "top_key", "entropy", "mass", "sink_share", "topk_weight", "topk_key")
+ROW_VARIABLES = (
+    "lse",
+    "top_weight",
+    "top_key",
+    "entropy",
+    "mass",
+    "sink_share",
+    "topk_weight",
+    "topk_key",
+    "distance",
+    "distance_mass",
+)
 Array = NDArray[Any]
 
 

@@ -13,6 +13,8 @@ from interp.heads import Heads, as_heads
 from interp.models.anatomy import Anatomy, Site
 
 Rows = Literal["all", "last", "prefill", "generated"] | Sequence[int]
+Metric = Literal["euclidean", "hop"]
+METRICS = ("euclidean", "hop")
 ROW_WORDS = ("all", "last", "prefill", "generated")
 DEFAULT_MEMORY_LIMIT = 4 * 2**30
 
@@ -38,6 +40,8 @@ class Capture:
         received: column sums per key; prefill and generated rows are separate query groups.
         pooled: P for block sums of the prefill map on a grid of at most P x P.
         offset: histogram of key-query offset, 1-D over tokens, 2-D over patches.
+        distance: ``"euclidean"`` or ``"hop"`` (Chebyshev): per row, the sum of weight times distance over ordinary keys, and of their
+            weight, in tokens or patches; much faster than ``offset``.
         rows: rows (as ``queries``) whose exact attention is kept.
         attention: the full map. Quadratic: 34 GB at 4k tokens for a 7B model, hence the memory limit.
         z: the output of every head, before the output projection.
@@ -65,6 +69,7 @@ class Capture:
     received: bool = False
     pooled: int = 0
     offset: bool = False
+    distance: Metric | None = None
     rows: Rows | None = None
     attention: bool = False
     z: bool = False
@@ -87,6 +92,8 @@ class Capture:
             object.__setattr__(self, "stacks", (self.stacks,))
         if not 0 <= self.topk <= 8:
             raise CaptureError(f"topk must be between 0 and 8, got {self.topk}")
+        if self.distance is not None and self.distance not in METRICS:
+            raise CaptureError(f"distance must be one of {METRICS} or None, got {self.distance!r}")
         if self.pooled is True or self.pooled < 0:
             raise CaptureError(f"pooled must be a grid size such as 64, got {self.pooled!r}")
         if self.groups is not None:
@@ -103,7 +110,7 @@ class Capture:
     def empty(self) -> bool:
         return not (
             self.row_stats or self.topk or self.received or self.pooled or self.offset or self.attention or self.z
-        ) and all(x is None for x in (self.group_output, self.rows))
+        ) and all(x is None for x in (self.group_output, self.rows, self.distance))
 
     def describe(self) -> dict[str, Any]:
         """The settings that differ from the default, JSON-able."""
@@ -201,6 +208,7 @@ def estimate_bytes(capture: Capture, site: Site, batch: int, heads: int, n_queri
         "received": batch * heads * n_keys * 4 * 4 if capture.received else 0,
         "pooled": batch * heads * min(capture.pooled, n_queries) * min(capture.pooled, n_keys) * 4,
         "offset": batch * heads * (n_queries + n_keys) * 4 if capture.offset else 0,
+        "distance": per_row * 2 if capture.distance else 0,
         "attention": per_row * n_keys if capture.attention else 0,
         "z": per_row * site.v_head_dim if capture.z else 0,
         "rows": per_row * n_keys if capture.rows in ("all", "prefill") else 0,

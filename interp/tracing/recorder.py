@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from interp.attention import Edit, OffsetBins, Readout, attend
+from interp.attention import Distances, Edit, OffsetBins, Readout, attend
 from interp.attention.call import Tile, tile_edit
 from interp.models.layout import KINDS, Layout
 from interp.tracing.assembly import Piece, assemble_stack
@@ -155,6 +155,10 @@ class Recorder:
             and not self._is_generated(call, start)
             and (chunked or call.mask.q_offset + start == 0)
         )
+        bins = self._offset_bins(call, start, stop, sample) if capture.offset or capture.distance else None
+        distance = None
+        if bins is not None and capture.distance:
+            distance = Distances(bins.query_coords, bins.key_coords, hop=capture.distance == "hop")
         readout = Readout(
             heads=None if len(heads) == call.site.n_heads else torch.tensor(heads, device=device),
             groups=groups,
@@ -166,7 +170,8 @@ class Recorder:
             group_output=torch.tensor(output_rows, device=device) if output_rows else None,
             received=capture.received,
             pooled=0 if chunked or not pool_now else capture.pooled,
-            offset=self._offset_bins(call, start, stop, sample) if capture.offset else None,
+            offset=bins if capture.offset else None,
+            distance=distance,
             rows=torch.tensor(rows, device=device) if rows else None,
             # Windows and images of a packed tower are small beside the whole; they are pooled when the whole is known.
             attention=capture.attention or (chunked and pool_now),

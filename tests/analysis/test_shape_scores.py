@@ -16,9 +16,10 @@ from interp.analysis.attention_distance import hop_profile, places_of, uniform_d
 from interp.analysis.elasticity import slope
 from interp.analysis.massive_activations import massive_activations, sink_dims
 from interp.analysis.redundancy import head_similarity, overlap
-from interp.analysis.running import AnalysisError
+from interp.analysis.running import AnalysisError, forward
 from interp.models.model import Model
 from interp.testing import build
+from interp.tracing.capture import Capture
 
 SHAPE = ["effective_keys", "top_k_mass", "selection_margin", "attention_distance", "redundancy"]
 
@@ -108,6 +109,29 @@ def test_distance_on_patches_equals_that_of_the_full_map(vit: Any, metric: str, 
     np.testing.assert_allclose(got.value.values, (a * d).sum((-1, -2)) / n, rtol=1e-4)
     mean = d.mean() if renormalise else d.sum(1).mean() / 25
     np.testing.assert_allclose(got.null.values, mean)
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_distance_of_text_equals_that_of_offset_histograms_and_of_the_full_map(tiny: Any, renormalise: bool) -> None:
+    inputs = {"input_ids": torch.cat([torch.tensor([[1]]), ids(40)["input_ids"]], 1)}  # 1 is the beginning: special
+    got = score("attention_distance", tiny, [inputs], renormalise=renormalise).value.values
+    a = maps(tiny, **inputs)[..., 1:, 1:].astype(np.float64)
+    d = np.abs(np.subtract.outer(np.arange(40), np.arange(40)))
+    np.testing.assert_allclose(got, (a * d).sum((-1, -2)) / (a.sum((-1, -2)) if renormalise else 40), rtol=1e-5)
+    histogram = forward(Model(tiny), inputs, Capture(offset=True, stacks=("text",)), "text")["offset"]
+    placed = histogram.isel(offset=slice(None, -1)).astype(np.float64)
+    by_histogram = (placed * placed["offset_position"]).sum("offset")[0].values
+    np.testing.assert_allclose(got, by_histogram / (placed.sum("offset")[0].values if renormalise else 40), rtol=1e-5)
+
+
+def test_elasticity_equals_that_of_the_full_maps(tiny: Any) -> None:
+    inputs, lengths, reach = ids(40), (10, 20, 40), []
+    for n in lengths:
+        a = maps(tiny, input_ids=inputs["input_ids"][:, :n])[..., n - 4 :, :].astype(np.float64)
+        d = np.abs(np.subtract.outer(np.arange(n - 4, n), np.arange(n)))
+        reach.append((a * d).sum((-1, -2)) / a.sum((-1, -2)))
+    got = score("elasticity", tiny, [inputs], lengths=lengths, rows=4).value.values
+    np.testing.assert_allclose(got, slope(np.log(lengths), np.log(np.stack(reach) + 1)), rtol=1e-4)
 
 
 def test_uniform_distance_of_text_with_special_tokens(tiny: Any) -> None:

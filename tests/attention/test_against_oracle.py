@@ -188,6 +188,8 @@ def oracle(case: Case) -> dict[str, np.ndarray]:
         "received_rows": np.zeros((*lead, asked.n_query_groups, n_keys), int),
         "pooled": np.zeros((*lead, math.ceil(n_queries / edge), math.ceil(n_keys / edge))),
         "offset": np.zeros((*lead, math.prod(spans) + 1)),
+        "distance": np.zeros((*lead, n_queries)),
+        "distance_mass": np.zeros((*lead, n_queries)),
         "rows": np.zeros((*lead, len(asked.rows), n_keys)),
         "attention": np.zeros((*lead, n_queries, n_keys)),
     }
@@ -208,12 +210,16 @@ def oracle(case: Case) -> dict[str, np.ndarray]:
             out["mass"][(*place, group)] += p[c]
             for m in (m for m, x in enumerate(asked.group_output.tolist()) if x == r):
                 out["group_output"][b, n, m, group] += row["gain"] * p[c] * row["v"][c]
+            there = at(bins.key_coords, b, c)
+            if (here >= 0).all() and (there >= 0).all():
+                gaps = [abs(int(x) - int(y)) for x, y in zip(here, there, strict=True)]
+                out["distance"][place] += p[c] * (max(gaps) if asked.distance.hop else math.hypot(*gaps))
+                out["distance_mass"][place] += p[c]
             if query_group < 0:
                 continue
             out["received"][b, n, query_group, c] += p[c]
             out["received_rows"][b, n, query_group, c] += row["seen"][c]
             out["pooled"][b, n, r // edge, c // edge] += p[c]
-            there = at(bins.key_coords, b, c)
             if (here < 0).any() or (there < 0).any():
                 out["offset"][b, n, -1] += p[c]
             else:

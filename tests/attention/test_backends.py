@@ -205,3 +205,14 @@ def test_large_masks_are_not_kept_with_their_kind() -> None:
         assert not kept(Mask(dense=torch.ones(1, 1, 64, 64, dtype=torch.bool)))
     finally:
         kinds.KEPT_BYTES = before
+
+
+@pytest.mark.parametrize(
+    "lse",
+    [torch.zeros(2, 4, 8), torch.zeros(2, 4, 9, dtype=torch.float64), torch.zeros(2, 9, 4).mT],
+    ids=lambda x: str(x.shape),
+)
+def test_a_log_sum_exp_of_another_form_is_refused(lse: Tensor) -> None:
+    rule = r"lse: must be contiguous float32 \(2, 4, 9\); got torch.float(32|64) of shape \(2, 4, [89]\)"
+    with pytest.raises(AttentionArgumentError, match=rule):
+        attend(**operands(), readout=Readout(row_stats=True), lse=lse)

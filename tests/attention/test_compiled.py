@@ -15,6 +15,7 @@ from interp.attention import (
     Attended,
     Blocks,
     Boost,
+    Distances,
     DropKeys,
     Edit,
     Gain,
@@ -41,7 +42,7 @@ EVERYTHING = Readout(
     heads=torch.tensor([0, 2, 3]), groups=GROUPS, n_groups=3, query_groups=(torch.arange(N) % 2)[None].to(torch.int8),
     n_query_groups=2, row_stats=True, topk=3, group_output=torch.tensor([1, 4]), received=True, pooled=4,
     offset=OffsetBins(torch.arange(N).view(1, N, 1), torch.arange(N).view(1, N, 1), (0,), (4,)), rows=torch.tensor([2]),
-    attention=True,
+    distance=Distances(torch.arange(2 * N).view(1, N, 2), torch.arange(2 * N).view(1, N, 2) // 2, hop=True), attention=True,
 )  # fmt: skip
 COORDS = torch.arange(N).view(1, N, 1)
 EVERY_EDIT = Edit(

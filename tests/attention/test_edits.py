@@ -214,6 +214,10 @@ def edits() -> dict[str, Edit]:
         "one table row": Edit(
             (GroupWeights(torch.rand(1, 1, 1, 2, dtype=torch.float64), renormalise=False),), random_groups(2, 5)
         ),
+        "one row and several": Edit(
+            tuple(GroupWeights(torch.rand(1, 1, n, 2, dtype=torch.float64), renormalise=False) for n in (1, 2)),
+            random_groups(2, 8), random_groups(2, 9),
+        ),
     }  # fmt: skip
 
 
@@ -285,3 +289,19 @@ def test_groups_of_different_calls_are_refused() -> None:
 def test_operations_are_sorted_by_stage_and_stable_within_one() -> None:
     gain, first, second, temperature = Gain(2.0), Uniform(NOWHERE), Uniform(), Temperature(2.0)
     assert Edit((gain, first, second, temperature)).operations == (temperature, first, second, gain)
+
+
+def test_something_else_among_the_operations_is_named() -> None:
+    edit = Edit((object(), Gain(2.0)))  # type: ignore[arg-type]
+    with pytest.raises(AttentionArgumentError, match=r"edit.operations\[1\]: must be one of .*Gain.*; got object"):
+        attend(**operands(), edit=edit)
+
+
+@pytest.mark.parametrize("backend", ["reference", "blockwise"])
+def test_without_groups_every_key_is_in_group_0(backend: str) -> None:
+    given = {name: x[:1] if isinstance(x, torch.Tensor) else x for name, x in operands().items()}
+    boost = Edit((Boost(torch.full((1, 1, 1, 1), 0.5, dtype=torch.float64)),))
+    got = attend(**given, edit=boost, readout=Readout(attention=True), backend=backend).readings.attention
+    s = given["scale"] * given["q"] @ given["k"].repeat_interleave(2, dim=1).mT
+    hidden = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+    torch.testing.assert_close(got, (s + 0.5 * s.abs()).masked_fill(hidden, -torch.inf).softmax(-1), atol=1e-14, rtol=0)

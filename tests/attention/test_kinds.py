@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from interp.attention import Boost, Edit, Gain, GroupWeights, Mask, Readout, attend, is_neutral, kinds
+from interp.attention import Boost, Edit, Gain, GroupWeights, Mask, Readout, attend, is_neutral, kinds, reference
 from interp.attention.versions import unchanged, versions
 
 
@@ -93,6 +93,30 @@ def test_a_table_made_in_inference_mode_serves_no_gradient() -> None:
     assert out is not None and len(kinds._kinds) == 1
     out.sum().backward()
     assert beta.grad is not None and bool(beta.grad[..., 0].isfinite())
+
+
+def test_a_table_of_a_kind_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, made = reference.one_hot, []
+    monkeypatch.setattr(reference, "one_hot", lambda *given: made.append(given) or plain(*given))
+    edit = Edit((Boost(torch.ones(1, 1, 1, 2)),), torch.tensor([[0, 1, 1, 0, 1, 1]], dtype=torch.int8))
+    given = operands()
+    first, second = (attend(**given, edit=edit, backend="reference").output for _ in range(2))
+    assert first is not None and second is not None and torch.equal(first, second)
+    assert len(made) == 1
+
+
+def test_the_short_way_of_a_kind_gets_the_operands() -> None:
+    given = {**operands(), "sinks": torch.zeros(2), "bias": torch.zeros(1, 1, 6, 6), "mask": Mask(causal=True)}
+    attend(**given, backend="blockwise")
+    (kind,) = kinds._kinds.values()
+    seen: list[tuple[Any, ...]] = []
+    z = torch.zeros(1, 6, 2, 8)
+    # As the kernels of a GPU leave it there.
+    kind.memo[kinds.SHORT] = lambda *operands: seen.append(operands) or z
+    got = attend(**given, backend="blockwise")
+    assert got.output is z and got.readings.backend == "blockwise"
+    assert len(seen) == 1
+    assert all(a is b for a, b in zip(seen[0], (given[name] for name in ("q", "k", "v", "sinks", "bias")), strict=True))
 
 
 def test_what_was_seen_of_tensors() -> None:

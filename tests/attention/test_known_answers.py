@@ -13,6 +13,7 @@ from torch import Tensor
 from interp.attention import (
     Attended,
     Boost,
+    Distances,
     DropKeys,
     Edit,
     Gain,
@@ -377,6 +378,24 @@ def test_offsets_in_one_dimension(backend: str) -> None:
     readings = call(torch.zeros(4, 4), backend, mask=Mask(causal=True), readout=Readout(offset=bins)).readings
     # By distance: itself, one back, two back (three back is not counted), special.
     close(readings.offset[0, 0], [1 + 1 / 2 + 1 / 3 + 1 / 4, 1 / 2 + 1 / 3 + 1 / 4, 1 / 3 + 1 / 4, 0])
+
+
+def test_distances_in_one_dimension(backend: str) -> None:
+    places = torch.tensor([-1, 1, 2, 3])[None, :, None]
+    readings = call(
+        torch.zeros(4, 4), backend, mask=Mask(causal=True), readout=Readout(distance=Distances(places, places))
+    ).readings
+    # The special token counts on neither side, and nothing is renormalised.
+    close(readings.distance[0, 0], [0, 0, 1 / 3, (1 + 2) / 4])
+    close(readings.distance_mass[0, 0], [0, 1 / 2, 2 / 3, 3 / 4])
+
+
+@pytest.mark.parametrize(("hop", "far"), [(False, math.sqrt(2)), (True, 1.0)])
+def test_distances_on_a_grid(backend: str, hop: bool, far: float) -> None:
+    places = torch.tensor([[-1, -1], [0, 0], [0, 1], [1, 0], [1, 1]])[None]
+    readings = call(torch.zeros(5, 5), backend, readout=Readout(distance=Distances(places, places, hop=hop))).readings
+    close(readings.distance[0, 0], [0] + 4 * [(1 + 1 + far) / 5])
+    close(readings.distance_mass[0, 0], [0] + 4 * [4 / 5])
 
 
 def test_offsets_in_two_dimensions_with_specials(backend: str) -> None:

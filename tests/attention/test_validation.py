@@ -12,6 +12,7 @@ from interp.attention import (
     AttentionArgumentError,
     Blocks,
     Boost,
+    Distances,
     DropKeys,
     Edit,
     Gain,
@@ -142,6 +143,13 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"readout": Readout(offset=OffsetBins(ROWS, COLUMNS, (0, 0), (1, 1)))},
         "readout.offset.lo, hi: must have 1 entries each, lo <= hi; got (0, 0), (1, 1)",
     ),
+    (
+        {"readout": Readout(distance=Distances(ROWS, COLUMNS)), "mask": Mask(cross=True)},
+        "readout.distance: needs self attention: queries and keys are different sequences; got a cross attention call",
+    ),
+    ({"readout": Readout(distance=Distances(ROWS.expand(1, 5, 3), COLUMNS.expand(1, 7, 3)))},
+     "readout.distance.query_coords, key_coords: must have the same last axis, of (1, 2); got (3, 3)"),
+    ({"readout": Readout(distance=Distances(ROWS, COLUMNS.float()))}, "readout.distance.key_coords: must be an int tensor"),
     ({"readout": Readout(offset=OffsetBins(ROWS, COLUMNS, (2,), (1,)))}, "readout.offset.lo, hi: must have 1 entries each"),
     ({"readout": Readout(offset=OffsetBins(COLUMNS, COLUMNS, (0,), (1,)))}, "readout.offset.query_coords: must be an int tensor"),
     (

@@ -92,6 +92,28 @@ def _long_prefill(content: dict[str, Any]) -> str:
     )
 
 
+@shows("score_long")
+def _score_long(content: dict[str, Any]) -> str:
+    measured = [row for row in content["rows"] if "seconds" in row]
+    longest = max(row["tokens"] for row in measured)
+    seconds: dict[str, list[str]] = {}
+    for row in measured:
+        seconds.setdefault(row["way"], []).append(f"{row['seconds']:.1f}")
+    times = [f"{way} **{' / '.join(each)} s**" for way, each in seconds.items()]
+    lengths = " / ".join(str(n) for n in dict.fromkeys(row["tokens"] for row in measured))
+    peaks = [row["peak MiB"] / 1024 for row in measured if row["tokens"] == longest]
+    share = max(row["share of the maps"] for row in measured if row["tokens"] == longest)
+    growth = [row["peak over linear"] for row in content["rows"] if "peak over linear" in row]
+    linear = (
+        f"; up to there it grows {min(growth):.2f} to {max(growth):.2f} times as fast as the length" if growth else ""
+    )
+    return (
+        f"Scores that read statistics, on prompts of {lengths} tokens: {', '.join(times)}. At {longest} tokens the peak beyond the "
+        f"weights is {min(peaks):.1f} to {max(peaks):.1f} GiB, at most {share:.1%} of the maps{linear} (promised: linear memory). "
+        f"{content['note']}."
+    )
+
+
 @shows("dashboard")
 def _dashboard(content: dict[str, Any]) -> str:
     timed = [

@@ -159,8 +159,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def record(name: str, rows: Sequence[Mapping[str, object]], *, note: str = "") -> Path:
-    """Print ``rows`` as a table and write them to ``results/<name>.json`` with machine, versions, date and command.
+def record(name: str, rows: Sequence[Mapping[str, object]], *, note: str = "", quiet: bool = False) -> Path:
+    """Print ``rows`` as a table (unless ``quiet``) and write them to ``results/<name>.json`` with machine, versions, date and command.
 
     Args:
         name: name of the benchmark; a second run overwrites its file (git keeps the old one).
@@ -182,7 +182,8 @@ def record(name: str, rows: Sequence[Mapping[str, object]], *, note: str = "") -
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
     part.replace(path)
-    show(name, rows, note)
+    if not quiet:
+        show(name, rows, note)
     return path
 
 

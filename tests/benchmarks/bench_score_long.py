@@ -1,6 +1,9 @@
 """Scores that read statistics, over long prompts of an 8B-shaped model: time and peak memory beside a plain prefill.
 
-Promised: 32k tokens run on one GPU in memory linear in the length. Give lengths to measure others; ``--layers 2`` for a quick look.
+Promised: 32k tokens run on one GPU in memory linear in the length. The longest prompt comes first and every row is recorded as it
+is measured, so that a run cut short keeps what it has. A short prompt runs before anything is timed, which compiles the kernels.
+
+python bench_score_long.py [--lengths 32768 16384 8192] [--layers 32] [--repeats 1] [--ways plain distance ...]
 """
 
 from __future__ import annotations
@@ -13,15 +16,17 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from _record import record
+from _record import record, show
 from bench_kernels_model import build
 
 import interp
 from interp.models.model import Model
 from probes.samples import Sample
 
-SCORES = {"entropy": {}, "sink": {}, "streaming_mass": {"sink": 64, "recent": 1024}, "attention_distance": {}}
-REPEATS = 2
+Row = dict[str, Any]
+WARM_UP = 2048
+SLACK = 1.2
+"""How much faster than the length a peak may grow before the run fails: buffers are rounded up."""
 
 
 def peak(function: Callable[[], object]) -> tuple[float, float]:
@@ -36,60 +41,89 @@ def peak(function: Callable[[], object]) -> tuple[float, float]:
     return perf_counter() - start, (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def measure(model: Model, n: int, layers: int) -> list[dict[str, Any]]:
+def ways(model: Model, n: int) -> dict[str, Callable[[], object]]:
+    """What is timed on a prompt of ``n`` random tokens, by name."""
     ids = torch.randint(0, 128000, (n,), generator=torch.Generator().manual_seed(n))
     samples = [Sample(tuple(ids.tolist()))]
-    on_gpu = ids[None].cuda()
+    given = ids[None].to(next(model.module.parameters()).device)
 
     def plain() -> object:
-        return model.module(on_gpu, use_cache=True, logits_to_keep=1)
+        return model.module(given, use_cache=True, logits_to_keep=1)
 
     def statistics_of_all() -> object:
         with interp.hooked(model, capture=interp.Capture(row_stats=True, received=True, pooled=64)) as run:
             plain()
         return run.trace
 
-    ways: dict[str, Callable[[], object]] = {
-        "plain prefill": plain,
-        "trace: row statistics, received, pooled maps": statistics_of_all,
-    }
-    for name, settings in SCORES.items():
-        ways[f"score {name}"] = lambda name=name, settings=settings: interp.score(name, model, samples, **settings)
-    rows: list[dict[str, Any]] = []
-    maps = layers * 32 * n * n * 2 / 2**20
-    for way, function in ways.items():
-        function()
-        found = [peak(function) for _ in range(REPEATS)]
-        seconds, extra = statistics.median(s for s, _ in found), max(m for _, m in found)
-        rows.append(
-            {"way": way, "tokens": n, "seconds": seconds, "peak MiB": extra, "share of the maps in bf16": extra / maps}
+    # The sink score cuts text to its length, and the window of the streaming mass must be shorter than the prompt.
+    scores = {
+        "attention_distance": {}, "entropy": {}, "sink": {"length": n}, "streaming_mass": {"sink": 64, "recent": 1024},
+    }  # fmt: skip
+    found: dict[str, Callable[[], object]] = {"plain prefill": plain}
+    for name, settings in scores.items():
+        found[f"score {name}"] = lambda name=name, settings=settings: interp.score(
+            name, model, samples, progress=False, **settings
         )
-        print(rows[-1], flush=True)
-    return rows
+    found["trace: row statistics, received, pooled maps"] = statistics_of_all
+    return found
+
+
+def growth(rows: list[Row]) -> list[Row]:
+    """For each way the growth of its peak from the shortest prompt to the longest, over that of the length (1: linear)."""
+    found: list[Row] = []
+    for way in dict.fromkeys(row["way"] for row in rows):
+        mine = sorted((row for row in rows if row["way"] == way), key=lambda row: row["tokens"])
+        if len(mine) > 1:
+            by = (mine[-1]["peak MiB"] / mine[0]["peak MiB"]) / (mine[-1]["tokens"] / mine[0]["tokens"])
+            found.append(
+                {"way": way, "from tokens": mine[0]["tokens"], "to tokens": mine[-1]["tokens"], "peak over linear": by}
+            )
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("lengths", type=int, nargs="*", default=[8192, 16384, 32768])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 16384, 8192])
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--ways", nargs="+", default=[""], help="words, one of which a way's name must have")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("-- no CUDA GPU here: nothing to measure")
         return
+    run(options)
+
+
+def run(options: argparse.Namespace) -> None:
+    start = perf_counter()
     model = Model(build(options.layers))
+    chosen = lambda n: {w: f for w, f in ways(model, n).items() if any(word in w for word in options.ways)}  # noqa: E731
+    note = (
+        f"Llama-3-8B's shape, {options.layers} layers x 32 heads, random bf16 weights, one prompt, {options.repeats} run(s) a row after "
+        f"a prompt of {WARM_UP}; entropy runs its control (shuffled tokens) too; peak: beyond the weights; the maps: what every head's "
+        "N x N weights would take in bf16"
+    )
+    rows: list[Row] = []
     with torch.no_grad():
-        rows = [row for n in options.lengths for row in measure(model, n, options.layers)]
-    record(
-        "score_long", rows,
-        note=f"Llama-3-8B's shape, {options.layers} layers x 32 heads, random bf16 weights, one prompt; a score with a control runs "
-        "it too; peak: beyond the weights; the maps: what every head's N x N weights would take in bf16",
-    )  # fmt: skip
-    grown = {way: [r["peak MiB"] for r in rows if r["way"] == way] for way in dict.fromkeys(r["way"] for r in rows)}
-    bad = [
-        way
-        for way, mib in grown.items()
-        if len(mib) > 1 and mib[-1] / mib[-2] > 1.2 * options.lengths[-1] / options.lengths[-2]
-    ]
+        for function in chosen(WARM_UP).values():
+            function()
+        print(f"built and compiled after {perf_counter() - start:.0f} s", flush=True)
+        for n in sorted(options.lengths, reverse=True):
+            for way, function in chosen(n).items():
+                found = [peak(function) for _ in range(options.repeats)]
+                extra = max(mib for _, mib in found)
+                rows.append(
+                    {
+                        "way": way, "tokens": n, "seconds": statistics.median(s for s, _ in found), "peak MiB": extra,
+                        "share of the maps": extra / (options.layers * 32 * n * n * 2 / 2**20),
+                    }
+                )  # fmt: skip
+                print(f"{perf_counter() - start:.0f} s: {rows[-1]}", flush=True)
+                record("score_long", [*rows, *growth(rows)], note=note, quiet=True)
+    show("score_long", rows, note)
+    checked = growth(rows)
+    show("peak memory over that of a linear growth", checked)
+    bad = [row["way"] for row in checked if row["peak over linear"] > SLACK]
     if bad:
         sys.exit(f"memory grows faster than the length: {bad}")
 

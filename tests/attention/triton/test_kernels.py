@@ -39,6 +39,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16) if GPU else (torch.float
 EDITS_HERE = tuple(edit for edit in EDITS if edit != "given-rows")
 NOTHING: dict[str, Any] = {
     "row_stats": False, "topk": 0, "group_output": None, "received": False, "pooled": 0, "offset": None, "rows": None,
+    "distance": None,
 }  # fmt: skip
 TOP_KEYS = ("top_key", "topk_key")
 
