@@ -1,7 +1,7 @@
 """Do vision scores tell which heads hold hallucination down? Each score against the ablation's effect on the margin.
 
     python tests/benchmarks/proof_vision.py                            # the bundled model, a GPU, a minute or two
-    python tests/benchmarks/proof_vision.py FOLDER FOLDER FOLDER       # of several training seeds: each and pooled
+    python tests/benchmarks/proof_vision.py scenes-lvlm FOLDER FOLDER  # of several training seeds: each and pooled
     python tests/benchmarks/proof_vision.py --smoke                    # a quick look on a CPU, recorded nowhere
 
 At points of mention of scenes whose typical companion is missing, where caption and prompt are given (teacher-forced):
@@ -16,6 +16,7 @@ At points of mention of scenes whose typical companion is missing, where caption
 Order of heads within layers only (see `_layer_ranks.py`). The scores and the effects are means over scenes; intervals resample
 scenes, or the heads of each layer; p is by permutation of the heads of each layer, also of the largest correlation over all scores.
 The exchanged picture and `resample` both move z by a change of picture, so some agreement is built in: `mean` is the check.
+Other trainings are made by `python data/build/scenes_lvlm.py --seed 1 --steps 2520 --text-steps 1415 --out FOLDER`.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -205,25 +209,66 @@ class Measured:
     seconds: float
 
 
-def measured(name: str, model: Any, n: int, batch: int) -> Measured:
-    """Scores and effects of one model, in groups of one length."""
+@dataclass(frozen=True)
+class Work:
+    """What one process measures: every ``parts``-th length of text, from the ``part``-th on."""
+
+    name: str
+    given: str
+    device: str
+    n: int
+    batch: int
+    part: int = 0
+    parts: int = 1
+
+
+def measured(work: Work) -> Measured | None:
+    """Scores and effects of one model, in groups of one length; None where its part has no group."""
     begun = time.perf_counter()
-    points = points_of(model, n)
+    if work.device.startswith("cuda"):
+        torch.cuda.set_device(work.device)
+    model = interp.load(work.given, device=work.device, dtype="float32")
+    points = points_of(model, work.n)
     lengths = {p.length: [q for q in points if q.length == p.length] for p in points}
-    groups = [g for g in lengths.values() if len(g) >= 3]
+    groups = [g for g in lengths.values() if len(g) >= 3][work.part :: work.parts]
     scores, effects, plain, floors = [], [], [], []
     with torch.no_grad():
         for group in groups:
-            scores.append(read_scores(model, group, batch))
+            scores.append(read_scores(model, group, work.batch))
             found, values, floor = read_effects(model, group)
             effects.append(found)
             plain.append(values)
             floors.append(floor)
     seconds = time.perf_counter() - begun
-    say(f"{name}: {sum(map(len, groups))} points, {seconds:.0f} s")
-    read, done = ({k: np.concatenate([part[k] for part in parts]) for k in parts[0]} for parts in (scores, effects))
+    say(f"{work.name}: {sum(map(len, groups))} points, {seconds:.0f} s")
+    if not groups:
+        return None
+    read, done = (_concatenated(parts) for parts in (scores, effects))
     numbers = tuple(p.number for g in groups for p in g)
-    return Measured(name, numbers, read, done, np.concatenate(plain), max(floors), seconds)
+    return Measured(work.name, numbers, read, done, np.concatenate(plain), max(floors), seconds)
+
+
+def joined(parts: Sequence[Measured]) -> Measured:
+    """One model's parts as one; its seconds are the sum over processes."""
+    return Measured(
+        parts[0].name, tuple(k for m in parts for k in m.numbers), _concatenated([m.scores for m in parts]),
+        _concatenated([m.effects for m in parts]), np.concatenate([m.margins for m in parts]),
+        max(m.floor for m in parts), sum(m.seconds for m in parts),
+    )  # fmt: skip
+
+
+def _concatenated(parts: Sequence[dict[str, Floats]]) -> dict[str, Floats]:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def kept(models: Sequence[Measured], path: Path) -> None:
+    """Write what was measured, ``MODEL/KIND/NAME [point, layer, head]``, so that other statistics need no GPU."""
+    arrays: dict[str, Any] = {"points": np.array(models[0].numbers)}
+    for m in models:
+        arrays |= {f"{m.name}/score/{k}": v for k, v in m.scores.items()}
+        arrays |= {f"{m.name}/effect/{k}": v for k, v in m.effects.items()}
+        arrays[f"{m.name}/margin"] = m.margins
+    np.savez_compressed(path, **arrays)
 
 
 @dataclass(frozen=True)
@@ -242,6 +287,20 @@ class Draws:
     scenes: Floats
     heads: Floats
     null: Floats
+
+
+KINDS = {"": (False, False), "partial ": (True, False), "size ": (False, True), "size partial ": (True, True)}
+"""What is put before a column's name: whether the write norm is taken off, and whether it is of the effect's size."""
+
+
+def draws_of_effect(m: Measured, effect: str, how: Resampling, seed: int) -> dict[tuple[str, str], Draws]:
+    """All correlations of one model with one effect, by score and kind."""
+    return {
+        (score, kind): draws_of(m, score, effect, how, seed, partially=partially, size=size)
+        for score in SCORES
+        for kind, (partially, size) in KINDS.items()
+        if not (partially and score == COVARIATE)
+    }
 
 
 def draws_of(m: Measured, score: str, effect: str, how: Resampling, seed: int, *, partially: bool, size: bool) -> Draws:
@@ -271,34 +330,29 @@ def pooled(parts: Sequence[Draws]) -> Draws:
     return Draws(value, *(np.mean([getattr(p, k) for p in parts], 0) for k in ("scenes", "heads", "null")))
 
 
-def compared(models: Sequence[Measured], how: Resampling) -> list[dict[str, Any]]:
+def compared(models: Sequence[Measured], how: Resampling, pool: Executor | None = None) -> list[dict[str, Any]]:
     """One row a score and effect, for each model and pooled."""
     rows: list[dict[str, Any]] = []
-    for effect in EFFECTS:
-        kinds = {"": (False, False), "partial ": (True, False), "size ": (False, True), "size partial ": (True, True)}
-        found: dict[tuple[str, str], list[Draws]] = {}
-        for score in SCORES:
-            for kind, (partially, size) in kinds.items():
-                if partially and score == COVARIATE:
-                    continue
-                found[score, kind] = [
-                    draws_of(m, score, effect, how, seed, partially=partially, size=size)
-                    for seed, m in enumerate(models)
-                ]
-        for number, m in enumerate(models):
-            single = {key: parts[number] for key, parts in found.items()}
-            rows += _rows(m.name, effect, single, len(m.margins), _reliabilities([m], effect))
+    tasks = [(m, effect, how, seed) for effect in EFFECTS for seed, m in enumerate(models)]
+    done = list((pool.map if pool else map)(draws_of_effect, *zip(*tasks, strict=True)))
+    reliable = list((pool.map if pool else map)(reliabilities, models))
+    for number, effect in enumerate(EFFECTS):
+        each = done[number * len(models) : (number + 1) * len(models)]
+        found = {key: [draws[key] for draws in each] for key in each[0]}
+        for m, single, sure in zip(models, each, reliable, strict=True):
+            rows += _rows(m.name, effect, single, len(m.margins), sure)
         if len(models) > 1:
             rows += _rows(
                 "pooled", effect, {key: pooled(parts) for key, parts in found.items()}, len(models[0].margins),
-                _reliabilities(models, effect), {key: [p.value for p in parts] for key, parts in found.items()},
+                {name: float(np.mean([sure[name] for sure in reliable])) for name in reliable[0]},
+                {key: [p.value for p in parts] for key, parts in found.items()},
             )  # fmt: skip
     return rows
 
 
-def _reliabilities(models: Sequence[Measured], effect: str) -> dict[str, float]:
-    found = {name: float(np.mean([reliability(m.scores[name]) for m in models])) for name in SCORES}
-    return {**found, "effect": float(np.mean([reliability(m.effects[effect]) for m in models]))}
+def reliabilities(m: Measured) -> dict[str, float]:
+    """Split-half reliability of every score and effect of one model."""
+    return {name: reliability(values) for name, values in (m.scores | m.effects).items()}
 
 
 def _rows(
@@ -320,7 +374,7 @@ def _rows(
             row[f"{kind}p max-T"] = float((1 + (largest >= abs(draws.value) - 1e-12).sum()) / (1 + largest.size))
             if seeds is not None:
                 row[f"{kind}rho by seed"] = seeds[name, kind]
-        row |= {"reliability of the score": reliable[score], "reliability of the effect": reliable["effect"]}
+        row |= {"reliability of the score": reliable[score], "reliability of the effect": reliable[effect]}
         rows.append(row)
     return rows
 
@@ -355,21 +409,45 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--n", type=int, default=400, help="points of mention, one a scene")
     parser.add_argument("--batch", type=int, default=50, help="points of one forward where scores are read")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--split", type=int, default=0, help="processes a model, over all GPUs; 0: all in this one")
+    parser.add_argument("--keep", type=Path, default=None, help="an .npz of what was measured by point")
     parser.add_argument("--smoke", action="store_true", help="8 points, few draws; nothing is recorded")
     o = parser.parse_args(arguments)
     n = 8 if o.smoke else o.n
     if n < 8:
         parser.error(f"--n must be at least 8, got {n}")
+    if o.split < 0:
+        parser.error(f"--split must be at least 0, got {o.split}")
     how = Resampling(50, 100) if o.smoke else Resampling()
     names = [Path(m).name for m in o.models]
     if len(set(names)) != len(names):
         parser.error(f"models must have different names, got {names}")
-    found: list[Measured] = []
-    for name, given in zip(names, o.models, strict=True):
-        found.append(measured(name, interp.load(given, device=o.device, dtype="float32"), n, o.batch))
-    if len({m.numbers for m in found}) > 1:
-        raise ValueError("models must have one tokenizer, so that their points are the same, got several")
-    rows = [row for m in found for row in summary(m)] + compared(found, how)
+    devices = [o.device]
+    if o.device == "cuda" and o.split:
+        devices = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
+    works = [
+        Work(
+            name,
+            str(given),
+            devices[(number * max(o.split, 1) + part) % len(devices)],
+            n,
+            o.batch,
+            part,
+            max(o.split, 1),
+        )
+        for number, (name, given) in enumerate(zip(names, o.models, strict=True))
+        for part in range(max(o.split, 1))
+    ]
+    # Spawned: a process that has been forked cannot use CUDA.
+    pool = ProcessPoolExecutor(len(works), mp_context=get_context("spawn")) if o.split else None
+    with pool or nullcontext():
+        parts = [m for m in (pool.map if pool else map)(measured, works) if m is not None]
+        found = [joined([m for m in parts if m.name == name]) for name in names]
+        if len({m.numbers for m in found}) > 1:
+            raise ValueError("models must have one tokenizer, so that their points are the same, got several")
+        if o.keep is not None:
+            kept(found, o.keep)
+        rows = [row for m in found for row in summary(m)] + compared(found, how, pool)
     for row in rows:
         if row["what"] != "correlation":
             say(row)
