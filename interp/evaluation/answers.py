@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from interp.evaluation.baselines import Decoding
+from interp.evaluation.baselines import scoring
 from interp.evaluation.tasks import Call, Pairs, Record, Sample, Statistics, Task, greedy, padded
 from probes.contrast import ContrastPair, evaluate
 from probes.intervals import Estimate, mean_interval, paired_difference
@@ -122,10 +122,9 @@ def forced_logprobs(call: Call, inputs: Mapping[str, Tensor], answers: Sequence[
     options = {"logits_to_keep": longest + 1} if "logits_to_keep" in takes else {}
     with torch.inference_mode():
         logits: Tensor = call.model(whole, **options).logits[:, -longest - 1 :]
-        for method in call.interventions:
-            if isinstance(method, Decoding):
-                logits, extra = method.forced(call.model, whole, logits, options)
-                call.session.extra_forwards += extra
+        for method in scoring(call.interventions):
+            logits, extra = method.forced(call.model, whole, logits, options)
+            call.session.extra_forwards += extra
     logits = logits[:, :-1]
     logp = logits.float().log_softmax(-1).gather(-1, tail[..., None])[..., 0].double()
     return [float(row[: len(a)].sum()) for row, a in zip(logp, answers, strict=True)]
@@ -166,9 +165,10 @@ class ContrastTask(_Means):
         return [Sample(str(n), n, pair) for n, pair in enumerate(built)]
 
     def run(self, call: Call, samples: Sequence[Sample]) -> list[Record]:
-        if any(isinstance(i, Decoding) for i in call.interventions):
+        if methods := scoring(call.interventions):
             raise ProbeError(
-                "decoding methods (VCD, DoLa) do not act on the logits of single forwards: take another probe"
+                f"what changes scores (VCD, DoLa, guidance of PAI and PAINT) does not act on the logits of single forwards, and "
+                f"{type(methods[0]).__name__} does: take another probe"
             )
         with torch.inference_mode():
             result = evaluate(call.model, [s.content for s in samples])

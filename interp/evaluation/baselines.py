@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,20 @@ from interp.tracing.session import untouched
 STEPS = 1000
 MOST_ROWS = 64
 """Rows of a forward, from its end, that DoLa keeps of the layers' outputs."""
+
+
+@runtime_checkable
+class Scoring(Protocol):
+    """A method that changes the scores of tokens: :class:`Decoding`, and guidance of PAI and PAINT."""
+
+    def forced(self, model: Any, inputs: Any, logits: Tensor, options: dict[str, Any]) -> tuple[Tensor, int]:
+        """See :meth:`Decoding.forced`."""
+        ...
+
+
+def scoring(interventions: Sequence[Intervention]) -> list[Scoring]:
+    """Those that change scores as they are set, in order: a ``gamma`` of 1 is no guidance."""
+    return [i for i in interventions if isinstance(i, Scoring) and getattr(i, "gamma", None) != 1]
 
 
 class Decoding(Intervention):
@@ -104,6 +118,8 @@ class VCD(Decoding):
 
 class _NoisedBranch(TextBranch):
     """The plain model on the noised image, beside a generation."""
+
+    on = "the noised image"
 
     def __init__(self, who: VCD, run: RunState) -> None:
         self.who, self.run = who, run

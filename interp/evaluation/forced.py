@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from interp.evaluation.baselines import Decoding
+from interp.evaluation.baselines import scoring
 from interp.evaluation.tasks import (
     Call,
     Pairs,
@@ -52,7 +52,7 @@ class _Seen:
         self._call = call
         self._kept: dict[Any, Any] = call.shared.setdefault("encoded", {})
         self.tokenizer = _Tokenizer(call.model.tokenizer, call.shared.setdefault("tokens", {}))
-        self._decoding = [i for i in call.interventions if isinstance(i, Decoding)]
+        self._scoring = scoring(call.interventions)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._call.model, name)
@@ -66,7 +66,7 @@ class _Seen:
 
     def __call__(self, inputs: Any, **options: Any) -> Any:
         out = self._call.model(inputs, **options)
-        for method in self._decoding:
+        for method in self._scoring:
             logits, extra = method.forced(self._call.model, inputs, out.logits, options)
             self._call.session.extra_forwards += extra
             out.logits = logits

@@ -8,12 +8,14 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from interp.attention import Boost, Edit
 from interp.interventions._base import Strength
 from interp.interventions.image_boost import boost_edit, check_boost, guidance
 from interp.interventions.image_groups import KeyGroups, reads_text, require_images, require_vision
 from interp.interventions.layers import read_layers, resolve_layers, skipping
+from interp.interventions.text_only import guided
 from interp.models.anatomy import Anatomy, Site, anatomy
 from interp.models.model import unwrap
 from interp.tracing.calls import Intervention, InterventionError, RunState, SiteCall
@@ -26,7 +28,7 @@ class PAI(Intervention):
     ``s_ij += alpha |s_ij|`` before the softmax, for image keys j and the last row i of the prompt and of every step; all heads.
     With ``gamma`` other than 1 also guidance: ``logp = gamma (logp_image - logp_text) + logp_text`` over the tokens with
     ``logp_image >= log(cutoff) + max logp_image``, where the text branch is the plain model on the text alone with a KV cache of
-    its own: one more forward at every step.
+    its own: one more forward at every step. Where texts are forced (margins, POPE, answers) their scores are mixed too, uncut.
 
     When not to use it: ``|s|`` lifts a negative score towards 0 for alpha < 1 and past it for more, so that large alphas favour
     the tokens that fitted least. Judge captions by recall, length and repetition beside CHAIR.
@@ -90,6 +92,10 @@ class PAI(Intervention):
 
     def logits_processors(self, run: RunState) -> list[Any]:
         return guidance(self, run, self.gamma, self.cutoff)
+
+    def forced(self, model: Any, inputs: Any, logits: Tensor, options: dict[str, Any]) -> tuple[Tensor, int]:
+        """Scores of given tokens in place of the logits ``[B, n, V]``; see :func:`~interp.interventions.text_only.guided`."""
+        return guided(self, model, inputs, logits, self.gamma)
 
     def acts_on(self, site: Site, run: RunState) -> bool:
         return site.stack == "text" and site.layer in run.of(self).get("layers", ())

@@ -15,6 +15,7 @@ from interp.interventions._base import Strength
 from interp.interventions.image_boost import as_codes, boost_edit, check_boost, guidance
 from interp.interventions.image_groups import KeyGroups, Prompt, reads_text, require_images, require_vision
 from interp.interventions.layers import read_layers, resolve_layers, skipping
+from interp.interventions.text_only import guided
 from interp.interventions.tower_scores import TowerScores, require_class_token
 from interp.models.anatomy import Anatomy, Site, anatomy
 from interp.models.model import unwrap
@@ -121,6 +122,10 @@ class PAINT(Intervention):
 
     def logits_processors(self, run: RunState) -> list[Any]:
         return guidance(self, run, self.gamma, self.cutoff)
+
+    def forced(self, model: Any, inputs: Any, logits: Tensor, options: dict[str, Any]) -> tuple[Tensor, int]:
+        """Scores of given tokens in place of the logits ``[B, n, V]``; see :func:`~interp.interventions.text_only.guided`."""
+        return guided(self, model, inputs, logits, self.gamma)
 
     def acts_on(self, site: Site, run: RunState) -> bool:
         state = run.of(self)

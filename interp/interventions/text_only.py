@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from interp.interventions.image_groups import require_images
+from interp.models.anatomy import anatomy
 from interp.tracing.calls import Intervention, RunState
 from interp.tracing.prompt import Prompt
-from interp.tracing.text_only import options_of, plain_model, text_module, text_only_inputs
+from interp.tracing.text_only import TEXT_ALONE, options_of, plain_model, text_module, text_only_inputs
 
 
 class TextBranch:
     """The plain model on the text alone, token by token beside a generation, with its own KV cache."""
+
+    on: ClassVar[str] = TEXT_ALONE
 
     def __init__(self, who: Intervention, run: RunState, prompt: Prompt) -> None:
         self.who, self.run = who, run
@@ -28,7 +33,7 @@ class TextBranch:
         """Scores of the next token ``[B, V]`` after ``generated [B, n]``; rows may have moved since the last call (beams)."""
         from transformers import DynamicCache
 
-        with plain_model(self.who, self.run, self.module, self.deltas):
+        with plain_model(self.who, self.run, self.module, self.deltas, on=self.on):
             batch = len(generated)
             if self.cache is None or self.fed is None or len(self.fed) != batch:
                 times = batch // len(self.mask)
@@ -74,6 +79,38 @@ class TextBranch:
         if excess:
             self.cache.crop(-excess)
         return common
+
+
+def guided(
+    who: Intervention, model: Any, inputs: Mapping[str, Any], logits: Tensor, gamma: float
+) -> tuple[Tensor, int]:
+    """Scores ``[B, n, V]`` of given tokens under guidance, and extra forwards: what :class:`Guidance` mixes, without its cutoff.
+
+    A given token below the cutoff would have probability 0.
+
+    Args:
+        who: named in errors.
+        model: an :class:`interp.Model`.
+        inputs: of the forward that gave the logits: an image in every sample, pads on the left alone.
+        logits: of its last n positions, none of them an image token.
+        gamma: 1 gives the logits back.
+
+    Raises:
+        InterventionError: a sample without an image, a model that does not run without one.
+    """
+    if gamma == 1:
+        return logits, 0
+    run = RunState(
+        module=model.module, anatomy=anatomy(model.module), inputs=dict(inputs), generating=False,
+        tokenizer=model.tokenizer, root=model.module,
+    )  # fmt: skip
+    alone = text_only_inputs(run, require_images(who, run))
+    module = text_module(run, alone, who)
+    n = logits.shape[1]
+    with plain_model(who, run, module):
+        out: Any = module(**alone, **options_of(module, use_cache=False, logits_to_keep=n))
+    image, text = logits.float().log_softmax(-1), out.logits[:, -n:].to(logits.device).float().log_softmax(-1)
+    return gamma * (image - text) + text, run.extra_forwards
 
 
 class Guidance:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from interp.models.anatomy import Site
 
 TOKENWISE = ("input_ids", "attention_mask", "token_type_ids")
+TEXT_ALONE = "the text alone"
 
 
 def text_only_inputs(run: RunState, prompt: Prompt) -> dict[str, Tensor]:
@@ -105,10 +106,13 @@ def _required(module: nn.Module, inputs: dict[str, Any]) -> list[str]:
 
 
 @contextmanager
-def plain_model(who: Any, run: RunState, module: nn.Module, deltas: dict[int, Any] | None = None) -> Iterator[None]:
+def plain_model(
+    who: Any, run: RunState, module: nn.Module, deltas: dict[int, Any] | None = None, *, on: str = TEXT_ALONE
+) -> Iterator[None]:
     """Run the plain model aside: sessions suspended, no gradients, and what a model notes on itself put back.
 
     Qwen-VL keeps ``rope_deltas`` of the last prefill on the module: ``deltas`` holds those of a branch between its calls.
+    ``on`` says in errors what it runs on.
     """
     root = run.root or run.module
     noting: list[Any] = [part for part in root.modules() if hasattr(part, "rope_deltas")]
@@ -122,9 +126,10 @@ def plain_model(who: Any, run: RunState, module: nn.Module, deltas: dict[int, An
     except (InterventionError, torch.OutOfMemoryError):
         raise
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        without = "to run without an image" if on == TEXT_ALONE else "that"
         raise InterventionError(
-            f"{type(who).__name__} needs to run the model on the text alone, and {type(module).__name__} refuses to run without "
-            f"an image: {type(error).__name__}: {error}"
+            f"{type(who).__name__} needs to run the model on {on}, and {type(module).__name__} refuses {without}: "
+            f"{type(error).__name__}: {error}"
         ) from error
     finally:
         for part, value in zip(noting, own, strict=True):

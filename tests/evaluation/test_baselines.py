@@ -11,8 +11,8 @@ from torch import Tensor
 
 import interp
 from interp.evaluation import VCD, DoLa
-from interp.evaluation.baselines import check_together
-from interp.interventions import PAI, VHR
+from interp.evaluation.baselines import check_together, scoring
+from interp.interventions import PAI, PAINT, VHR
 from interp.tracing.calls import InterventionError
 
 NEW = 8
@@ -76,6 +76,41 @@ def test_the_noised_branch_stays_in_step_in_batches(tiny: Any, tiny_inputs: Any)
     assert run.extra_forwards == NEW
     start = one["input_ids"].shape[1]
     assert out[:, start:].tolist() == [greedy(tiny, x, [VCD(3.0, 0.0)]) for x in (one, two)]
+
+
+def test_a_branch_that_fails_says_what_it_was_to_run_on(tiny: Any, tiny_inputs: Any) -> None:
+    branches = 0
+
+    def fail(module: Any, args: Any, kwargs: Any) -> None:
+        nonlocal branches
+        branches += kwargs["input_ids"].shape[1] > 1
+        if branches == 2:
+            raise ValueError("broken")
+
+    hook = tiny.module.register_forward_pre_hook(fail, with_kwargs=True)
+    try:
+        for method, on in ((VCD(), "the noised image, and"), (PAI(0.0, 1.1, layers=[0]), "the text alone, and")):
+            branches = 0
+            with pytest.raises(InterventionError, match=f"to run the model on {on} .* refuses .*: ValueError: broken"):
+                greedy(tiny, tiny_inputs(), [method])
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("method", [PAI(0.0, 1.7, layers=[0]), PAINT(0.0, 0.0, 0.4, layers=[0], scored_by="mean")])
+def test_guidance_acts_on_forced_scores(tiny: Any, tiny_inputs: Any, method: Any) -> None:
+    from interp.testing.multimodal import IMAGE
+
+    inputs = tiny_inputs()
+    with interp.hooked(tiny, interventions=[method]), torch.no_grad():
+        logits = tiny(inputs).logits[:, -3:]
+        found, extra = method.forced(tiny, inputs, logits, {})
+    text = {"input_ids": inputs["input_ids"][inputs["input_ids"] != IMAGE][None]}
+    with torch.no_grad():
+        image, alone = (tiny.module(**given).logits[:, -3:].log_softmax(-1) for given in (inputs, text))
+    torch.testing.assert_close(found, method.gamma * image + (1 - method.gamma) * alone, atol=2e-5, rtol=1e-5)
+    assert extra == 1 and (found - image).abs().max() > 0.1
+    assert scoring([method, PAI(0.2), VCD()])[0] is method and len(scoring([method, PAI(0.2), VCD()])) == 2
 
 
 def test_vcd_needs_an_image(tiny: Any, tiny_inputs: Any) -> None:

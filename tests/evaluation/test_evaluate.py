@@ -20,7 +20,7 @@ from interp.evaluation.pope import PopeTask, scene_pope
 from interp.evaluation.report import as_csv, as_json, cells, header, write
 from interp.evaluation.store import StoreError
 from interp.evaluation.tasks import Sample, Statistics
-from interp.interventions import VHR, MaskHeads
+from interp.interventions import PAI, VHR, MaskHeads
 from probes.intervals import paired_difference
 from probes.mentions import WordMatcher
 from probes.pope import Question
@@ -126,7 +126,9 @@ def test_decoding_methods_act_on_forced_texts(scenes_model: Any) -> None:
     """Against whole forwards of the model, with both names' logits read where they would stand."""
     task = scene_margins("against", 3)
     vcd, dola = VCD(1.5), DoLa([2])
-    result = evaluate(scenes_model, task, [Setting("vcd", (vcd,)), Setting("dola", (dola,))], batch=3, how=FEW)
+    chosen = [Setting("vcd", (vcd,)), Setting("dola", (dola,)), Setting("guided", (PAI(0.0, 1.5),))]
+    result = evaluate(scenes_model, task, chosen, batch=3, how=FEW)
+    picture = scenes_model.config.image_token_id
     head = scenes_model.module.get_output_embeddings()
     for n, item in enumerate(task.items):
         inputs = scenes_model.encode(item.prompt, image=item.image(), chat=True)
@@ -143,12 +145,16 @@ def test_decoding_methods_act_on_forced_texts(scenes_model: Any) -> None:
             clean = scenes_model(grown, output_hidden_states=True)
             noisy = scenes_model({**grown, "pixel_values": vcd.noised(grown["pixel_values"])}).logits[0, -1]
             early = head(clean.hidden_states[2][0, -1])
+            alone = scenes_model.module(input_ids=ids[ids != picture][None]).logits[0, -1]
         absent, present = rows[0][-1], rows[1][-1]
-        margin, other, below = (float(x[absent] - x[present]) for x in (clean.logits[0, -1], noisy, early))
-        found = {name: result.found[result[name].setting.key][n][1]["margin"] for name in ("greedy", "vcd", "dola")}
+        margin, other, below, blind = (
+            float(x[absent] - x[present]) for x in (clean.logits[0, -1], noisy, early, alone)
+        )
+        found = {r.setting.name: result.found[r.setting.key][n][1]["margin"] for r in result.rows}
         assert found["greedy"] == pytest.approx(margin, abs=1e-3)
         assert found["vcd"] == pytest.approx(2.5 * margin - 1.5 * other, abs=3e-3)
         assert found["dola"] == pytest.approx(margin - below, abs=1e-3)
+        assert found["guided"] == pytest.approx(1.5 * margin - 0.5 * blind, abs=1e-3)
 
 
 def test_a_table_of_captions(scenes_model: Any, tmp_path: Path) -> None:
