@@ -58,7 +58,8 @@ def test_nothing_of_one_run_is_kept(path: Path) -> None:
     assert [cell["id"] for cell in notebook["cells"]] == [f"cell-{i}" for i in range(len(notebook["cells"]))]
 
 
-def test_readme_lists_each_once() -> None:
-    rows = re.findall(r"^\| \[(\w+)\]\((\w+)\.ipynb\) \| (.+) \|$", (FOLDER / "README.md").read_text(), re.MULTILINE)
+@pytest.mark.parametrize(("page", "folder"), [(FOLDER / "README.md", ""), (FOLDER.parent / "README.md", "notebooks/")])
+def test_readmes_list_each_once(page: Path, folder: str) -> None:
+    rows = re.findall(rf"^\| \[(\w+)\]\({folder}(\w+)\.ipynb\) \| (.+) \|$", page.read_text(), re.MULTILINE)
     assert all(name == link and line for name, link, line in rows)
     assert sorted(name for name, _, _ in rows) == [path.stem for path in NOTEBOOKS]
