@@ -28,6 +28,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -401,6 +402,20 @@ def summary(m: Measured) -> list[dict[str, Any]]:
     return rows
 
 
+def shape(m: Measured) -> list[dict[str, Any]]:
+    """In which layers effects are large, and how far the kinds of effect order the heads of a layer alike."""
+    means = {effect: values.mean(0) for effect, values in m.effects.items()}
+    rows: list[dict[str, Any]] = [
+        {
+            "what": "layers", "model": m.name, "effect": effect,
+            "mean |effect| by layer": [float(v) for v in np.abs(mean).mean(1)],
+        }
+        for effect, mean in means.items()
+    ]  # fmt: skip
+    pairs = {f"{a}, {b}": float(correlation(means[a], means[b])) for a, b in combinations(EFFECTS, 2)}
+    return [*rows, {"what": "agreement of effects", "model": m.name, **pairs}]
+
+
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -447,7 +462,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
             raise ValueError("models must have one tokenizer, so that their points are the same, got several")
         if o.keep is not None:
             kept(found, o.keep)
-        rows = [row for m in found for row in summary(m)] + compared(found, how, pool)
+        rows = [row for m in found for row in (*summary(m), *shape(m))] + compared(found, how, pool)
     for row in rows:
         if row["what"] != "correlation":
             say(row)
