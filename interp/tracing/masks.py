@@ -40,6 +40,10 @@ class LazyMask:
         return torch.Size((a["batch_size"], 1, a["q_length"], a["kv_length"]))
 
     @property
+    def n_keys(self) -> int:
+        return self.arguments["kv_length"]
+
+    @property
     def ndim(self) -> int:
         return 4
 
@@ -165,7 +169,9 @@ def _recognise(function: Any, use_vmap: bool) -> tuple[bool, tuple[int | None, i
     if function is m.bidirectional_mask_function:
         return False, None, None
     if getattr(function, "__code__", None) is _AND_CODE():
-        causal, left, right, rest = False, None, None, []
+        causal, rest = False, []
+        left: int | None = None
+        right: int | None = None
         for part in function.__closure__[0].cell_contents:
             size = _closed_over(part, "sliding_window")
             if part is m.causal_mask_function:
@@ -173,15 +179,19 @@ def _recognise(function: Any, use_vmap: bool) -> tuple[bool, tuple[int | None, i
             elif part is m.bidirectional_mask_function:
                 pass
             elif size is not None and _made_by(part, m.sliding_window_overlay):
-                left = size - 1
+                left = _narrower(left, size - 1)
             elif size is not None and _made_by(part, m.sliding_window_bidirectional_overlay):
-                left, right = size, size
+                left, right = _narrower(left, size), _narrower(right, size)
             else:
                 rest.append(part)
         window = None if left is None and right is None else (left, right)
         rule = m.and_masks(*rest) if rest else None
         return causal, window, None if rule is None else _as_rule(rule, use_vmap)
     return False, None, _as_rule(function, use_vmap)
+
+
+def _narrower(bound: int | None, other: int) -> int:
+    return other if bound is None else min(bound, other)
 
 
 def _AND_CODE() -> Any:

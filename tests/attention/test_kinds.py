@@ -116,7 +116,9 @@ def test_the_short_way_of_a_kind_gets_the_operands() -> None:
     got = attend(**given, backend="blockwise")
     assert got.output is z and got.readings.backend == "blockwise"
     assert len(seen) == 1
-    assert all(a is b for a, b in zip(seen[0], (given[name] for name in ("q", "k", "v", "sinks", "bias")), strict=True))
+    assert all(
+        a is b for a, b in zip(seen[0][:5], (given[name] for name in ("q", "k", "v", "sinks", "bias")), strict=True)
+    )
 
 
 def test_what_was_seen_of_tensors() -> None:
