@@ -68,6 +68,14 @@ class LinearNorm:
             scale = scale.repeat(rows, *[1] * (scale.ndim - 1))
         return (self.bias + self.weight * flat / scale).to(x.dtype)
 
+    def pull_back(self, directions: Tensor, rows: list[int]) -> Tensor:
+        """``[row, n, width]`` on the CPU: where x must go for ``y . u`` to grow, u of ``directions [n, width]`` or ``[row, n, width]``.
+
+        Of the first sequence of the given run, at its positions ``rows``.
+        """
+        moved = (self.weight / self.scale[0, rows]).cpu()[:, None] * directions.float().cpu()
+        return moved - moved.mean(-1, keepdim=True) if self.centred else moved
+
 
 def _eps(module: nn.Module) -> float | None:
     for name in ("eps", "variance_epsilon"):

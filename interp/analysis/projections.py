@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from interp.analysis.norms import LinearNorm, is_norm
 from interp.analysis.running import AnalysisError
 from interp.models.anatomy import Site, anatomy
 from interp.models.model import Model
@@ -54,15 +55,15 @@ def linear_weight(module: nn.Module, width: int) -> Tensor:
     return (out[:-1] - out[-1:]).float().cpu()
 
 
-def weight_in_memory(module: nn.Module) -> Tensor:
-    """The weight of a module, fetched from where accelerate keeps it if it is not in memory between calls."""
-    weight: Any = module.weight
-    if weight.device.type != "meta":
+def weight_in_memory(module: nn.Module, name: str = "weight") -> Tensor:
+    """A parameter of a module's own, fetched from where accelerate keeps it if it is not in memory between calls."""
+    weight: Any = getattr(module, name)
+    if weight.device.type != "meta" or not hasattr(module, "_hf_hook"):
         return weight.detach()
     from accelerate.utils import align_module_device
 
     with align_module_device(module, torch.device("cpu")):
-        weight = module.weight
+        weight = getattr(module, name)
         return weight.detach().clone()
 
 
@@ -226,34 +227,30 @@ class LogitDirections:
         """Run the model once.
 
         Raises:
-            AnalysisError: no output embeddings, or a final norm that cannot be told.
+            AnalysisError: no output embeddings, or no norm before them that is a LayerNorm or RMSNorm.
         """
         head: Any = model.module.get_output_embeddings()
         if head is None or getattr(head, "weight", None) is None:
             raise AnalysisError(
                 f"{name} needs a model with output embeddings, and {type(model.module).__name__} has none"
             )
-        last: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
-        self.centred, self.unembedding = False, weight_in_memory(head)
-        gains: list[Tensor] = []
-        after: dict[int, Tensor] = {}
+        self.unembedding = weight_in_memory(head)
+        last: dict[str, tuple[nn.Module, Tensor]] = {}
+        final: list[LinearNorm] = []
+        self.after: dict[int, LinearNorm] = {}
 
         def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-                last["norm"] = (module, args[0].detach(), output.detach())
+            last["norm"] = (module, args[0].detach())
 
         def read(_: nn.Module, args: tuple[Any, ...]) -> None:
-            module, x, y = last["norm"]
-            self.centred = isinstance(module, nn.LayerNorm)
-            gains.append(_gain(module, x, y))
+            if last:
+                final.append(LinearNorm.of(*last["norm"]))
 
         def keep(layer: int) -> Any:
-            return lambda module, args, output: after.__setitem__(
-                layer, _gain(module, args[0].detach(), output.detach())
-            )
+            return lambda module, args, output: self.after.__setitem__(layer, LinearNorm.of(module, args[0].detach()))
 
-        norms = [m for m in model.module.modules() if "Norm" in type(m).__name__ and not list(m.children())]
-        handles = [m.register_forward_hook(note) for m in norms] + [head.register_forward_pre_hook(read)]
+        handles = [m.register_forward_hook(note) for m in model.module.modules() if is_norm(m)]
+        handles.append(head.register_forward_pre_hook(read))
         for site in sites:
             norm = _norm_after(layer_module(model, site))
             if norm is not None:
@@ -264,30 +261,16 @@ class LogitDirections:
         finally:
             for handle in handles:
                 handle.remove()
-        if not gains:
+        if not final:
             raise AnalysisError(
                 f"{name} needs a final norm before the output embeddings of {type(model.module).__name__}"
             )
-        self.gain, self.after = gains[0][0], after
+        self.final = final[0]
 
     def of(self, rows: list[int], weights: Tensor, layer: int) -> Tensor:
         """``[row, n, d]``: at each row, the direction of every unembedding vector of ``weights [n, d]`` or ``[row, n, d]``."""
-        gain = self.gain[rows].float().cpu()[:, None]
-        directions = gain * weights.float().cpu()
-        if self.centred:
-            directions = directions - directions.mean(-1, keepdim=True)
-        if layer in self.after:
-            directions = directions * self.after[layer][0, rows].float().cpu()[:, None]
-        return directions
-
-
-def _gain(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Factor of each entry in a norm: ``y = gain * (x - mean) + bias`` for a LayerNorm, ``y = gain * x`` for others."""
-    x, y = x.float(), y.float()
-    if isinstance(module, nn.LayerNorm):
-        scale = (x.var(-1, unbiased=False, keepdim=True) + module.eps).rsqrt()
-        return scale.expand_as(x) if module.weight is None else scale * weight_in_memory(module).float().to(x.device)
-    return torch.where(x == 0, 0.0, y / torch.where(x == 0, 1.0, x))
+        directions = self.final.pull_back(weights, rows)
+        return self.after[layer].pull_back(directions, rows) if layer in self.after else directions
 
 
 def _norm_after(layer: nn.Module) -> nn.Module | None:
