@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from interp.analysis.projections import weight_in_memory
 from interp.files import jsonable, local_path, write_whole
 
 VERSION = 1
@@ -188,12 +189,17 @@ def first_writer(path: Path, text: str) -> str:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Names, shapes and some values of all weights: enough to tell two checkpoints apart, not to prove them equal."""
+    """Names, shapes and some values of all weights: enough to tell two checkpoints apart, not to prove them equal.
+
+    Weights that lie on disk or in memory beside the model between calls (accelerate) are fetched: where they lie is no part of it.
+    """
     seen = hashlib.sha256()
     for name, parameter in module.named_parameters():
         seen.update(f"{name}{tuple(parameter.shape)}".encode())
-        if parameter.device.type != "meta" and parameter.numel():
-            flat = parameter.detach().reshape(-1)
+        owner, _, leaf = name.rpartition(".")
+        weight = weight_in_memory(module.get_submodule(owner), leaf)
+        if weight.device.type != "meta" and weight.numel():
+            flat = weight.reshape(-1)
             some = flat[:: max(1, flat.numel() // 8)][:8]
             seen.update(some.float().cpu().numpy().tobytes())
     return seen.hexdigest()[:16]

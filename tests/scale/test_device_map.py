@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -32,14 +33,15 @@ class Pair:
     def __init__(self, name: str, folder: Path) -> None:
         specimen = build(name)
         self.module: Any = specimen.module
-        self.module.save_pretrained(folder / "model")
+        self.folder = folder / "model"
+        self.module.save_pretrained(self.folder)
         text = "model." if name == "llama" else "model.language_model."
         layers = len(self.module.get_submodule(text + "layers"))
         places = {f"{text}layers.{n}": "cpu" if n == 1 else "disk" for n in range(layers)}
         places |= {text + "embed_tokens": "disk", text + "norm": "disk", text + "rotary_emb": "cpu", "lm_head": "disk"}
         if name == "llava":
             places |= {"model.vision_tower": "disk", "model.multi_modal_projector": "cpu"}
-        self.offloaded = interp.load(folder / "model", device_map=places, offload_folder=str(folder / "offload"))
+        self.offloaded = interp.load(self.folder, device_map=places, offload_folder=str(folder / "offload"))
         self.inputs: dict[str, Any] = specimen.inputs
         ids = self.inputs["input_ids"]
         other = torch.where((ids > 10) & (ids < 80), ids + 7, ids) if name == "llama" else ids
@@ -172,3 +174,20 @@ def test_the_weights_of_a_head_are_read_from_disk(pair: Pair) -> None:
     head = pair.offloaded.module.get_output_embeddings()
     assert torch.equal(weight_in_memory(head), pair.module.get_output_embeddings().weight.detach())
     assert head.weight.device.type == "meta"
+
+
+def test_a_sweep_begun_in_memory_goes_on_from_disk(pair: Pair, tmp_path: Path) -> None:
+    from interp.sweeps import sweep
+    from interp.sweeps.plan import fingerprint
+
+    assert fingerprint(pair.offloaded.module) == fingerprint(pair.module)
+    other = copy.deepcopy(pair.module)
+    with torch.no_grad():
+        other.get_output_embeddings().weight.mul_(1.001)
+    assert fingerprint(other) != fingerprint(pair.module), "a weight that lies on disk in the other model"
+    if "pixel_values" in pair.inputs:
+        return
+    whole = sweep(interp.load(pair.folder), PROMPTS, folder=tmp_path / "job", kind="zero", progress=False)
+    (tmp_path / "job" / "task-000001.npz").unlink()
+    resumed = sweep(pair.offloaded, PROMPTS, folder=tmp_path / "job", kind="zero", progress=False)
+    np.testing.assert_allclose(resumed.value_by_sample, whole.value_by_sample, atol=1e-5)
