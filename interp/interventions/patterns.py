@@ -150,7 +150,8 @@ class Shards:
     """Each KV head keeps its own blocks of the context (Lin et al. 2024, S2-Attention, https://arxiv.org/abs/2407.17678).
 
     Query block m sees key block n iff ``0 <= m - n < local``, or n <= m and ``(n + h * step + offset) mod stride == 0``,
-    ``step = max(1, stride // H_kv)``: heads take turns, so that together they see all where ``H_kv * step >= stride``.
+    ``step = max(1, stride // H_kv)``: heads take turns, so that together they see all where ``H_kv >= stride`` (fewer
+    heads keep ``H_kv`` of the ``stride`` residues).
 
     Blocks are of absolute positions, which left pads would shift: such batches are refused.
 

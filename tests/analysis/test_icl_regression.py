@@ -50,6 +50,22 @@ def test_risks_are_the_reference_values(prompts: tuple[np.ndarray, ...]) -> None
     assert np.abs(small - other).mean() < 0.01
 
 
+def test_any_omega_of_the_valley_has_the_risk_of_two_heads(prompts: tuple[np.ndarray, ...]) -> None:
+    """Section 8: .2444 to .2449 for omega within .05 and .13, .2455 at .2, provided that 2 omega mu is .88 to .90."""
+    x, y, query, target = prompts
+    risks = {}
+    for w in (0.05, 0.09, 0.13, 0.2):
+        omega = np.array([w, -w])
+        risks[w] = risk(attention_prediction(x, y, query, omega, best_mu(omega, TASK)), target)
+    assert all(risks[w] == pytest.approx(0.2447, abs=0.004) for w in (0.05, 0.09, 0.13)), risks
+    # The same prompts, so the differences are sharper than the values.
+    assert max(risks[w] for w in (0.05, 0.09, 0.13)) - min(risks[w] for w in (0.05, 0.09, 0.13)) < 1e-3, risks
+    assert 0 < risks[0.2] - risks[0.13] < 0.003
+    # Off the valley, with the omega of the paper's run, the risk is that of a step that is too long.
+    far = np.array([0.13, -0.13])
+    assert risk(attention_prediction(x, y, query, far, 2 * best_mu(far, TASK)), target) > 0.3
+
+
 def test_the_valley_is_flat_in_omega_and_its_infimum_is_known() -> None:
     losses = []
     for w in (0.01, 0.05, 0.1, 0.13):

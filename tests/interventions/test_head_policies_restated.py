@@ -238,7 +238,7 @@ def test_shards_are_s2s_blocks(llama):
     )  # fmt: skip
     pattern = Shards(block, local, v, dense=1).allowed(2, 8)
     assert torch.equal(pattern[1], torch.ones(8, 8).tril().bool()) and not torch.equal(pattern[0], pattern[1])
-    # Together the heads keep every block where H_kv * step >= stride.
+    # Together the heads keep every block where H_kv >= stride.
     assert Shards(block, 0, v).allowed(2, 16)[:, -1].any(0).float().mean() == 0.5
     assert Shards(block, 0, 2).allowed(2, 16)[:, -1].any(0).all()
 
