@@ -22,7 +22,7 @@ from interp.tracing.text_only import text_module
 
 EPSILON = 1e-6
 STANDS_OUT = 5.0
-"""A sink dimension is at least so many times larger at its largest token than at three quarters of the tokens."""
+"""``|x|`` in a sink dimension is at least so many times larger at its sink token than at three quarters of the tokens."""
 
 KNOWN: dict[tuple[str, int, int], tuple[int, ...]] = {
     ("llama", 4096, 32000): (1415, 2533),
@@ -50,12 +50,14 @@ class SinkDimensions:
         dims: their numbers.
         peak: for each, the largest ``|x / RMS(x)|`` of any token (median over layers); empty where they were known.
         typical: for each, its 75th percentile over tokens.
+        ratio: for each, ``|x|`` at the token of the peak over the 75th percentile of ``|x|`` (median over layers).
         source: ``given``, ``known`` or ``calibrated``.
     """
 
     dims: tuple[int, ...]
     peak: tuple[float, ...] = ()
     typical: tuple[float, ...] = ()
+    ratio: tuple[float, ...] = ()
     source: str = "calibrated"
 
 
@@ -70,7 +72,8 @@ def phi(x: Tensor, dims: Sequence[int]) -> Tensor:
     """``max over dims of |x[d] / RMS(x)|`` in fp32, ``[B, L]`` for ``x [B, L, d]``; RMS with 1e-6 and no weight."""
     x = x.detach().float()
     rms = (x.square().mean(-1) + EPSILON).sqrt()
-    return x[..., list(dims)].abs().amax(-1) / rms
+    # Sliced one by one: a list of indices would be copied to the device in every layer.
+    return torch.stack([x[..., d] for d in dims], -1).abs().amax(-1) / rms
 
 
 def known_dimensions(module: nn.Module) -> SinkDimensions | None:
@@ -119,8 +122,10 @@ def calibrate_sinks(model: Any, inputs_list: Iterable[Mapping[str, Any]], *, tau
     """Find the sink dimensions of a model on inputs of your own.
 
     Every token's ``|x / RMS(x)|`` is taken where it enters each text layer from the third on. A dimension counts where its
-    largest token (median over layers) reaches ``tau``, a quarter of the largest such dimension, and 5 times the 75th percentile
-    of tokens: large at a few tokens, not large everywhere.
+    largest token (median over layers) reaches ``tau`` and a quarter of the largest such dimension, three quarters of the tokens stay
+    below ``tau``, and ``|x|`` at that token is 5 times its 75th percentile: large at a few tokens, not large everywhere. The last is
+    asked of x itself, as Sun et al. do: ``|x / RMS(x)|`` cannot exceed sqrt(width), so in a narrow model in which the dimension is
+    also the largest of ordinary tokens (SmolLM2-135M, width 576: 24 against 13) it hides a factor of about a hundred.
 
     Args:
         model: as :func:`interp.hooked` takes.
@@ -143,9 +148,7 @@ def _calibrate(root: nn.Module, shape: Anatomy, calls: Sequence[Callable[[], Any
     seen: dict[str, list[Tensor]] = {}
 
     def note(site: Site, x: Tensor) -> None:
-        x = x.detach().float()
-        ratio = x.abs() / (x.square().mean(-1, keepdim=True) + EPSILON).sqrt()
-        seen.setdefault(site.name, []).append(ratio.flatten(0, -2).cpu())
+        seen.setdefault(site.name, []).append(x.detach().float().flatten(0, -2).cpu())
 
     undo = watch_layer_inputs(root, sites, note)
     try:
@@ -154,28 +157,36 @@ def _calibrate(root: nn.Module, shape: Anatomy, calls: Sequence[Callable[[], Any
                 call()
     finally:
         undo()
-    layers = [torch.cat(parts) for parts in seen.values()]
-    if not layers:
+    if not seen:
         raise InterventionError(f"sinks of {type(root).__name__} cannot be calibrated: none of its text layers ran")
-    peak = torch.stack([x.amax(0) for x in layers]).median(0).values
-    typical = torch.stack([x.quantile(0.75, dim=0) for x in layers]).median(0).values
+    layers = [_stand_out(torch.cat(parts)) for parts in seen.values()]
+    peak, typical, ratio = (torch.stack(values).median(0).values for values in zip(*layers, strict=True))
     order = peak.argsort(descending=True)[:8]
     top = float(peak[order[0]])
-    found = [int(d) for d in order if peak[d] >= max(tau, top / 4) and peak[d] >= STANDS_OUT * typical[d]]
+    large = (peak >= max(tau, top / 4)) & (typical < tau) & (ratio >= STANDS_OUT)
+    found = sorted(int(d) for d in order if large[d])
     if found:
         return SinkDimensions(
-            tuple(sorted(found)),
-            tuple(float(peak[d]) for d in sorted(found)),
-            tuple(float(typical[d]) for d in sorted(found)),
+            tuple(found), *(tuple(float(values[d]) for d in found) for values in (peak, typical, ratio))
         )
     shown = ", ".join(
-        f"{int(d)}: {float(peak[d]):.3g} (75 % of tokens below {float(typical[d]):.3g})" for d in order[:3]
+        f"{int(d)}: {float(peak[d]):.3g} (75 % of tokens below {float(typical[d]):.3g}; |x| {float(ratio[d]):.3g} times theirs)"
+        for d in order[:3]
     )
+    n_tokens = sum(len(part) for part in next(iter(seen.values())))
     raise InterventionError(
         f"sinks of {type(root).__name__} cannot be calibrated: a sink dimension must reach tau = {tau:.3g} at some of "
-        f"{len(layers[0])} tokens and {STANDS_OUT:g} times what three quarters of the tokens have; seen, by dimension: {shown}. "
+        f"{n_tokens} tokens and not at three quarters of them, with an |x| of {STANDS_OUT:g} times theirs; seen, by dimension: {shown}. "
         "Pass dims=, or a lower tau, or run calibrate_sinks on inputs of your own"
     )
+
+
+def _stand_out(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Peak, typical and ratio ``[d]`` of :class:`SinkDimensions`, of the tokens ``[token, d]`` that enter one layer."""
+    size = x.abs()
+    relative = size / (x.square().mean(-1, keepdim=True) + EPSILON).sqrt()
+    peak, at = relative.max(0)
+    return peak, relative.quantile(0.75, dim=0), size.gather(0, at[None])[0] / size.quantile(0.75, dim=0)
 
 
 def _texts(root: nn.Module) -> Tensor:

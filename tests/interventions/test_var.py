@@ -78,6 +78,18 @@ def test_planted_sinks_are_calibrated_once_and_on_texts_of_its_own(deep_llava, l
     assert found.dims == (7,) and found.peak[0] > 5 * found.typical[0]
 
 
+def test_a_dimension_that_is_large_everywhere_is_a_sinks_where_a_few_tokens_are_far_larger(deep_llava, llava_inputs):
+    """SmolLM2's: |x / RMS(x)| cannot exceed sqrt(width), so that of the sink is not five times that of the others."""
+    module, inputs = deep_llava(5), [llava_inputs(n) for n in range(4)]
+    with torch.no_grad():
+        weight = module.get_input_embeddings().weight
+        weight[:, 7] = 4 * weight.std()
+    with pytest.raises(InterventionError, match="not at three quarters of them"):
+        calibrate_sinks(module, inputs, tau=2.0)
+    found = calibrate_sinks(planted(module), inputs, tau=5.0)
+    assert found.dims == (7,) and found.peak[0] < 5 * found.typical[0] and found.ratio[0] > 5
+
+
 def test_sinks_that_cannot_be_calibrated_say_what_was_seen(deep_llava, llava_inputs, run):
     with pytest.raises(
         InterventionError, match=r"a sink dimension must reach tau = 2.17 at some of 192 tokens .* seen"
