@@ -3,7 +3,7 @@
 Promised: 32k tokens run on one GPU in memory linear in the length. The longest prompt comes first and every row is recorded as it
 is measured, so that a run cut short keeps what it has. A short prompt runs before anything is timed, which compiles the kernels.
 
-python bench_score_long.py [--lengths 32768 16384 8192] [--layers 32] [--repeats 1] [--ways plain distance ...]
+python bench_score_long.py [--lengths 32768 16384 8192] [--layers 32] [--repeats 1] [--ways plain score statistics offset]
 """
 
 from __future__ import annotations
@@ -65,6 +65,13 @@ def ways(model: Model, n: int) -> dict[str, Callable[[], object]]:
             name, model, samples, progress=False, **settings
         )
     found["trace: row statistics, received, pooled maps"] = statistics_of_all
+
+    def offsets() -> object:
+        with interp.hooked(model, capture=interp.Capture(offset=True)) as run:
+            plain()
+        return run.trace
+
+    found["trace: offset histograms"] = offsets
     return found
 
 
@@ -86,7 +93,12 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 16384, 8192])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--ways", nargs="+", default=[""], help="words, one of which a way's name must have")
+    parser.add_argument(
+        "--ways",
+        nargs="+",
+        default=["plain", "score", "statistics"],
+        help="words, one of which is in its name",
+    )
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("-- no CUDA GPU here: nothing to measure")

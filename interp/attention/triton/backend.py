@@ -15,8 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from interp.attention import measure, reference, sdpa
-from interp.attention.call import Call, Tile
+from interp.attention import reference, sdpa
+from interp.attention.call import Call
 from interp.attention.edits import (
     Blocks,
     Boost,
@@ -37,6 +37,7 @@ from interp.attention.triton.counting import received_rows
 from interp.attention.triton.decoding import Decoding, supports_decode
 from interp.attention.triton.devices import interpreted, unusable
 from interp.attention.triton.gradients import differentiable, lacks_gradient
+from interp.attention.triton.offsets import Offsets
 from interp.attention.triton.passes import Live, Pass, Wanted
 from interp.attention.triton.statistics_pass import StatisticsPass, covers
 from interp.attention.triton.tables import operands, row_major, row_weights, tables
@@ -46,8 +47,6 @@ RULE_BYTES = 64 << 20
 DECODE_ROWS = 16
 """Query rows up to which the keys are split over programs instead of the rows."""
 HIDDEN_SCORE = float(tiles.HIDDEN.value)
-MAP_BYTES = 256 << 20
-"""Byte budget of the piece of the map that offset histograms are counted from."""
 
 NO_READOUT = Readout()
 ONE_OF = (SinkWindow, Blocks, Neighbourhood, Boost, Threshold, DropKeys)
@@ -97,6 +96,7 @@ class Plan:
         self.shared = tables(call, upcast=interpreted())
         self.passes: dict[str, Pass | StatisticsPass] = {}
         self.rows_seen: Tensor | None = None
+        self.offsets: Offsets | None = None
 
     def walk(self, name: str, x: Live, wanted: Callable[[], Wanted]) -> dict[str, Tensor]:
         """Run the pass of that name, preparing it first where this is its first time."""
@@ -191,7 +191,9 @@ class Plan:
             given = self.walk("distance", x, lambda: replace(known, distance=asked.distance))
             readings.distance, readings.distance_mass = given["distance"], given["distance_mass"]
         if asked.offset is not None:
-            readings.offset = self._offset(call, known, x)
+            offsets = self.offsets = Offsets(call) if self.offsets is None else self.offsets
+            piece = lambda n: replace(known, map=True, rows=offsets.rows[n], dirty=offsets.dirty[n])  # noqa: E731
+            readings.offset = offsets(call, lambda n: self.walk(f"map {n}", x, lambda: piece(n))["map"])
         return z
 
     def _first(self, call: Call, x: Live) -> tuple[Tensor | None, Tensor]:
@@ -222,25 +224,6 @@ class Plan:
         for name in ("received", "pooled"):
             if name in given:
                 setattr(readings, name, given[name])
-
-    def _offset(self, call: Call, known: Wanted, x: Live) -> Tensor:
-        """The histogram, counted from pieces of the map that stay under a byte budget."""
-        batch, heads, n_queries, n_keys = call.shape
-        asked = call.readout
-        assert asked.offset is not None
-        heads = heads if asked.heads is None else len(asked.heads)
-        step = max(MAP_BYTES // (batch * heads * n_keys * 4), 1)
-        total = None
-        for start in range(0, n_queries, step):
-            stop = min(start + step, n_queries)
-            rows = torch.arange(start, stop, device=call.q.device)
-            p = self.walk(f"map {start}", x, lambda rows=rows: replace(known, map=True, rows=rows))["map"]
-            part, _ = call.tile(Tile((0, batch), (0, call.shape[1]), (start, stop), (0, n_keys)))
-            assert part.readout.offset is not None
-            histogram = measure.offset_histogram(p, part.readout.offset, measure.counted_rows(part, p))
-            total = histogram if total is None else total + histogram
-        assert total is not None
-        return total
 
 
 def _row_stats(call: Call, *, output: bool) -> Wanted:

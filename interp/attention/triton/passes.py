@@ -28,6 +28,7 @@ class Wanted:
         n_groups: how many.
         topk, columns, pooled, distance: as in :class:`~interp.attention.readouts.Readout`; these need ``given``.
         map: probabilities themselves.
+        dirty: tiles of the map that no row sees are left as they come; else they are 0.
         count: visible rows per key instead of anything of p.
         by_group: split the output by key group.
         uniform: apply the edit's uniform rows.
@@ -47,6 +48,7 @@ class Wanted:
     pooled: bool = False
     distance: Distances | None = None
     map: bool = False
+    dirty: bool = False
     count: bool = False
     by_group: bool = False
     uniform: bool = True
@@ -175,7 +177,7 @@ class Pass:
             self.buffers.append(Buffer("distance_ptr", "distance", rows))
             self.buffers.append(Buffer("distance_mass_ptr", "distance_mass", rows))
         if wanted.map:
-            self.buffers.append(Buffer("map_ptr", "map", (batch, heads, n_rows, n_keys), zeros=True))
+            self.buffers.append(Buffer("map_ptr", "map", (batch, heads, n_rows, n_keys), zeros=not wanted.dirty))
         a.update(z_b=0, z_h=0, z_m=0, z_g=0)
         width, dtype = a["V_DIM"], a["v_dtype"]
         if wanted.output and wanted.by_group:
