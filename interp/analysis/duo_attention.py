@@ -26,10 +26,10 @@ from interp.tracing.text_only import options_of
 class DuoAttention(HeadScore):
     """Gates of DuoAttention, Xiao et al. 2024, https://arxiv.org/abs/2410.10819, section 2.2.
 
-    One gate ``a`` for each KV head, in [0, 1], from 1: ``z = a z_full + (1 - a) z_stream``, z_stream with the first ``sink`` and the last
-    ``recent`` keys alone. As in the release, z_full comes from the untouched model (no gradient), z_stream from the mixed one. Trained:
-    ``sum over labelled rows of mean_d (h_full - h_mix)^2 / rows + reg * mean |a|``, h the hidden states behind the final norm, by AdamW
-    without decay, learning rate warmed up and down over a fifth of the steps each (floor 0.1). Gradients of the gates alone.
+    One gate ``a`` for each KV head, kept in [0, 1], from 1: ``z = a z_full + (1 - a) z_stream``, z_stream with the first ``sink`` and the
+    last ``recent`` keys alone. As in the release, z_full comes from the untouched model (no gradient), z_stream from the mixed one.
+    Trained: ``sum over labelled rows of mean_d (h_full - h_mix)^2 / rows + reg * mean |a|``, h the hidden states behind the final norm,
+    by AdamW without decay, learning rate warmed up and down over a fifth of the steps each (floor 0.1). Gradients of the gates alone.
 
     Unit: gate, 1 full attention, 0 streaming. ``gate (layer, kv_head)`` goes into DuoAttention's file with
     :func:`interp.duo_files.write_gates`; ``loss (step)`` is what was trained.
@@ -115,7 +115,7 @@ class DuoAttention(HeadScore):
         return score
 
     def train(self, model: Model, samples: list[_Forced], progress: Any) -> tuple[dict[int, Tensor], list[float]]:
-        """Gates ``[KV head]`` by layer, and the loss of every step."""
+        """Gates ``[KV head]`` by layer, within [0, 1], and the loss of every step."""
         sites = anatomy(model.module).stacks["text"]
         gates = {s.layer: torch.ones(s.n_kv_heads, device=model.device, requires_grad=True) for s in sites}
         optimizer: Any = torch.optim.AdamW(gates.values(), lr=self.lr, weight_decay=0.0)
@@ -135,7 +135,8 @@ class DuoAttention(HeadScore):
                 loss.backward()
                 optimizer.step()
                 losses.append(float(loss.detach()))
-        return {layer: gate.detach() for layer, gate in gates.items()}, losses
+        # The release leaves the last step unclamped (its files have gates down to -1.4e-3) and clips them when it reads them.
+        return {layer: gate.detach().clamp(0, 1) for layer, gate in gates.items()}, losses
 
     def _loss(self, model: Model, sample: _Forced, gates: dict[int, Tensor]) -> Tensor:
         inputs = sample.inputs(model)
@@ -256,7 +257,7 @@ def _frozen(model: Model) -> Iterator[None]:
 def _by_query(gates: dict[int, Tensor], model: Model) -> np.ndarray[Any, Any]:
     out = np.full(anatomy(model.module).shape("text"), np.nan)
     for site in anatomy(model.module).stacks["text"]:
-        values = gates[site.layer].clamp(0, 1).repeat_interleave(site.n_heads // site.n_kv_heads)
+        values = gates[site.layer].repeat_interleave(site.n_heads // site.n_kv_heads)
         out[site.layer, : site.n_heads] = values.cpu().numpy()
     return out
 
