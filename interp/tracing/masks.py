@@ -117,7 +117,8 @@ class LazyMask:
     def __getitem__(self, index: Any) -> Tensor:
         return self.dense()[index]
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return function(*_materialised(args), **_materialised(kwargs or {}))
 
 

@@ -84,3 +84,20 @@ def test_padding_without_a_pad_is_none() -> None:
     told = lazy(CAUSAL, attention_mask=torch.ones(2, 6, dtype=torch.long)).describe()
     assert told.padding is None
     assert told.first is not None and told.first.tolist() == [0, 0]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("function", [CAUSAL, BOTH_WAYS], ids=["causal", "both ways"])
+def test_model_code_that_computes_with_a_mask_meets_a_tensor(function: Callable[..., Any]) -> None:
+    mask: Any = lazy(function, allow_is_bidirectional_skip=True)
+    assert mask.native() is None  # the model's own attention needs no mask here
+    whole = torch.ones(2, 1, 6, 6, dtype=torch.bool)
+    wanted = whole.tril() if function is CAUSAL else whole
+    assert mask.dim() == mask.ndim == 4
+    assert mask.shape == wanted.shape
+    assert torch.equal(mask[..., :3], wanted[..., :3])
+    assert torch.equal(mask & wanted.mT, wanted & wanted.mT)
+    assert torch.equal(~mask, ~wanted)
+    assert torch.equal(torch.logical_not(mask), ~wanted)
+    assert torch.equal(torch.cat([mask, mask], dim=0), torch.cat([wanted, wanted]))
+    assert torch.equal(torch.where(condition=mask, input=torch.ones(1), other=torch.zeros(1)), wanted.float())
