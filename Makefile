@@ -1,6 +1,6 @@
 # Every target makes the virtual environment it needs (see .ci/environment); PYTHON=... picks another interpreter.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-slow test-real notebooks lint fmt types docs bench clean
+.PHONY: help demo test test-fast test-slow test-real notebooks lint fmt types docs release-check bench clean
 
 BIN := .venv/bin
 SOURCES := headscope.py interp probes dashboards notebooks docs/hooks tests
@@ -16,7 +16,7 @@ $(BIN)/python -m pytest $(1) $(PYTEST_ARGS) || [ $$? -eq 5 ]
 endef
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .venv/.stamp-demo: pyproject.toml constraints.txt interp/_version.py
 	@.ci/environment dashboard,gemma
@@ -62,6 +62,9 @@ types: .venv/.stamp-dev ## pyright, strict on interp/
 
 docs: .venv/.stamp-docs ## the documentation in out/docs, warnings as errors
 	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/mkdocs build --strict --quiet
+
+release-check: .venv/.stamp-dev ## wheel and sdist, built, looked into, and installed into an empty environment
+	HEADSCOPE_EMPTY_ENVIRONMENT=1 $(BIN)/python -m pytest tests/test_packaging.py -m slow $(PYTEST_ARGS)
 
 bench: .venv/.stamp-dev ## every benchmark, recorded in tests/benchmarks/results
 	@for file in tests/benchmarks/bench_*.py; do echo "-- $$file"; $(BIN)/python $$file $(BENCH_ARGS) || exit 1; done
