@@ -21,6 +21,7 @@ from interp.analysis.targets import measure, target_of
 from interp.analysis.write_norm import neuron_activity
 from interp.models.model import Model
 from interp.testing import build
+from interp.testing.weights import randomise
 from probes.contrast import ContrastPair
 from probes.samples import Sample
 
@@ -184,6 +185,21 @@ def test_parts_add_up_to_the_logit(family: str) -> None:
     spread = max(1.0, abs(float(parts["total"])))
     assert float(parts["sum"]) == pytest.approx(float(parts["total"]), abs=2e-5 * spread)
     assert float(abs(parts["value"]).max()) > 1e-3
+
+
+def test_parts_add_up_where_all_norms_stand_behind() -> None:
+    """OLMo 2 normalises what attention and MLP write, and nothing before them."""
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    config = Olmo2Config(
+        vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    module = Olmo2ForCausalLM(config).eval()
+    randomise(module, seed=0, gain=1.4)
+    parts = components(module, {"input_ids": torch.randint(3, 90, (1, 12))})
+    assert float(parts["sum"]) == pytest.approx(float(parts["total"]), abs=2e-5 * max(1.0, abs(float(parts["total"]))))
+    assert float(abs(parts["value"]).min()) > 0 and float(abs(parts["value"]).max()) > 1e-3
 
 
 def test_the_total_is_the_real_logit_difference() -> None:
