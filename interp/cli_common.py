@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 BAD_INPUT = 2
 FAILED = 1
+CHECK_TEXT = "The old lighthouse keeper counted the ships, and then he counted the ships again."
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id or bundled name.")]
 DTypeOption = Annotated[str | None, typer.Option(help="Weights as this torch dtype, e.g. float32 or bfloat16.")]
@@ -44,10 +45,11 @@ def friendly(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def command(*args: Any, **kwargs: Any) -> None:
         from interp.tracing.session import SessionError
+        from interp.tracing.store import TraceStoreError
 
         try:
             function(*args, **kwargs)
-        except (ValueError, LookupError, OSError, ImportError, SessionError) as error:
+        except (ValueError, LookupError, OSError, ImportError, SessionError, TraceStoreError) as error:
             if os.environ.get("HEADSCOPE_DEBUG"):
                 raise
             message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
@@ -108,7 +110,7 @@ def load_model(name: str, dtype: str | None, device: str | None, trust_remote_co
             raise UsageError(
                 f"--device must exist; this machine has {torch.cuda.device_count()} CUDA devices, got {device!r}"
             )
-    with working(f"loading {name}"), _without_bars():
+    with working(f"loading {name}"), without_bars():
         return load(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
 
 
@@ -124,7 +126,7 @@ def working(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """Transformers' own bar counts tensors, on stderr, also where nobody watches; the notice says as much."""
     from transformers.utils import logging
 
@@ -156,6 +158,47 @@ def read_images(images: list[Path] | None) -> Any:
     if not images:
         return None
     return images[0] if len(images) == 1 else list(images)
+
+
+def check_inputs(model: Model, text: str | None, pictures: Any) -> Any:
+    """Inputs to compare two computations on: what was given, else a text of ours and, where the model sees, noise."""
+    from interp.models.anatomy import anatomy
+
+    shape = anatomy(model)
+    shape.require_sites()
+    content = text if text is not None or model.tokenizer is None else CHECK_TEXT
+    if pictures is None and "vision" in shape.stacks and model.processor is not None:
+        import numpy as np
+
+        pictures = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
+    return model.encode(content, pictures)
+
+
+def read_score(path: Path, model: Model | None = None) -> Any:
+    """A score of any file that has one; a table of KV heads needs the model."""
+    from interp.scores import read_score as read
+
+    if not path.is_file():
+        raise UsageError(f"a score must be a file, got {path}")
+    if path.suffix == ".tsv" and model is None:
+        raise UsageError(f"MODEL must be given for a .tsv: how many query heads share a KV head, got {path} alone")
+    return read(path, group_size=group_size(model, "text") if model is not None and path.suffix == ".tsv" else None)
+
+
+def group_size(model: Model, stack: str) -> int:
+    """Query heads per KV head.
+
+    Raises:
+        UsageError: no such stack, or layers that differ.
+    """
+    from interp.models.anatomy import anatomy
+
+    sizes = sorted({site.n_heads // site.n_kv_heads for site in anatomy(model).stacks.get(stack, ())})
+    if len(sizes) != 1:
+        raise UsageError(
+            f"MODEL must have one number of query heads per KV head in stack {stack!r}, got {sizes or 'none'}"
+        )
+    return sizes[0]
 
 
 def read_layers(text: str | None) -> list[int] | None:

@@ -1,4 +1,4 @@
-"""The commands ``headscope dashboard`` and ``headscope export``, and interventions from a JSON file."""
+"""The command ``headscope dashboard``, pages of saved traces, and interventions from a JSON file."""
 
 from __future__ import annotations
 
@@ -64,23 +64,8 @@ def serve_page(
     serve(page, port=port, browser=browser, host=host)
 
 
-@friendly
-def export(
-    run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A saved trace (.zarr), with row statistics and pooled maps.")
-    ],
-    html: Annotated[bool, typer.Option("--html", help="Write one self-contained page.")] = False,
-    out: Annotated[Path | None, typer.Option(help="File to write; default: beside the trace.")] = None,
-    heads: Annotated[
-        str | None, typer.Option(help="Heads whose maps to carry, such as L3H1,L5H0-3; default: 12.")
-    ] = None,
-) -> None:
-    """Write a saved trace as one HTML page that opens without a server: overview, maps of chosen heads, table."""
-    if not html:
-        raise UsageError("--html must be given: it is the only format yet")
-    target = out or run.with_suffix(".html")
-    if target.is_dir():
-        raise UsageError(f"--out must be a file, got the folder {target}")
+def write_page(run: Path, target: Path, heads: str | None) -> Path:
+    """A saved trace as one HTML page that opens without a server: overview, maps of chosen heads, table."""
     from dashboards.export import html_page
     from dashboards.runs import saved_run
     from interp.files import write_whole
@@ -88,8 +73,7 @@ def export(
 
     found = saved_run(run)
     shapes = {stack: found.shape(stack) for stack in found.trace}
-    written = write_whole(target, html_page(None, found, Heads.parse(heads or "", shapes)))
-    typer.echo(f"written to {written} ({written.stat().st_size / 1e6:.1f} MB); open it in a browser")
+    return write_whole(target, html_page(None, found, Heads.parse(heads or "", shapes)))
 
 
 def read_interventions(path: Path) -> tuple[list[Any], dict[str, Any]]:

@@ -31,11 +31,14 @@ from interp.scores_files import (
     ScoreFileError,
     open_score,
     read_duo_attention_tsv,
+    read_image_settings,
     read_retrieval_head_json,
     save_score,
     write_duo_attention_tsv,
+    write_image,
     write_retrieval_head_json,
 )
+from interp.scores_readers import read_score
 from interp.scores_sets import (
     Confirmation,
     SplitHalf,
@@ -73,11 +76,14 @@ __all__ = [
     "paired_test",
     "rank_agreement",
     "read_duo_attention_tsv",
+    "read_image_settings",
     "read_retrieval_head_json",
+    "read_score",
     "save_score",
     "split_half",
     "stack_scores",
     "write_duo_attention_tsv",
+    "write_image",
     "write_retrieval_head_json",
 ]
 
@@ -263,18 +269,18 @@ class HeadsAccessor:
         return scores_files.latex_table(self._score, self.table().head(k), path)
 
     def to_pdf(self, path: str | os.PathLike[str], by: str = "value") -> None:
-        """Write :meth:`grid` as a vector PDF.
+        """Write :meth:`grid` as a vector PDF; model, settings and seed are in its keywords (:func:`read_image_settings`).
 
         Raises:
-            ImportError: the package kaleido is not installed.
+            ImportError: the package matplotlib is not installed.
         """
         scores_files.write_image(self.grid(by), path, "pdf")
 
     def to_svg(self, path: str | os.PathLike[str], by: str = "value") -> None:
-        """Write :meth:`grid` as SVG.
+        """Write :meth:`grid` as SVG, with the same in its metadata.
 
         Raises:
-            ImportError: the package kaleido is not installed.
+            ImportError: the package matplotlib is not installed.
         """
         scores_files.write_image(self.grid(by), path, "svg")
 

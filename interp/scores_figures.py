@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
+from interp._version import __version__
 from interp.heads import Head
 from interp.scores_base import ScoreError, metadata, values_of
+from interp.scores_files import figure_settings
+from interp.vector_figures import KEY
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -53,6 +56,7 @@ def grid_figure(score: xr.Dataset, by: str = "value") -> go.Figure:
         template="plotly_white",
         showlegend=False,
         height=max(320, 130 + 18 * len(layers)),
+        meta={KEY: figure_settings(score, by)},
         plot_bgcolor="white",
     )
     figure.update_xaxes(title="head", showgrid=False, zeroline=False, **_ticks(heads))
@@ -96,7 +100,12 @@ def scatter_figure(score: xr.Dataset, other: xr.Dataset, by: str = "value") -> g
         )
     )
     titles = [escape(f"{metadata(s, 'name')} ({metadata(s, 'unit') if by == 'value' else by})") for s in (score, other)]
-    figure.update_layout(template="plotly_white", showlegend=False)
+    about = {
+        "name": f"{metadata(score, 'name')} against {metadata(other, 'name')}",
+        "x": figure_settings(score, by),
+        "y": figure_settings(other, by),
+    }
+    figure.update_layout(template="plotly_white", showlegend=False, meta={KEY: {**about, "headscope": __version__}})
     figure.update_xaxes(title=titles[0])
     figure.update_yaxes(title=titles[1])
     return figure

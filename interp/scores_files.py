@@ -6,11 +6,13 @@ Every file is written whole or not at all, and nothing is pickled.
 from __future__ import annotations
 
 import hashlib
+import html
 import io
 import json
 import math
 import os
 import re
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +21,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from interp._version import __version__
 from interp.files import jsonable, local_path, write_whole
 from interp.scores_base import HEAD_DIMS, SAMPLE_DIMS, ScoreError, metadata, summarise, values_of
 
@@ -238,13 +241,68 @@ def write_parquet(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
 
 
 def write_image(figure: go.Figure, path: str | os.PathLike[str], format: Literal["pdf", "svg"]) -> None:
-    """Write a figure as a vector image; ImportError without kaleido, which drives a Chromium."""
-    if not find_spec("kaleido"):
+    """Write a figure as a vector image; ImportError without matplotlib.
+
+    What made it is in the file, see :func:`read_image_settings`.
+    """
+    if not find_spec("matplotlib"):
         raise ImportError(
-            f"to_{format} needs the package kaleido and a Chrome or Chromium: pip install 'kaleido>=1' "
-            "(score.heads.grid().write_html needs neither)"
+            f"to_{format} needs the package matplotlib: pip install 'matplotlib>=3.10' (score.heads.grid().write_html needs nothing)"
         )
-    write_whole(path, figure.to_image(format=format))
+    from interp.vector_figures import image
+
+    write_whole(path, image(figure, format))
+
+
+def figure_settings(score: xr.Dataset, by: str = "value") -> dict[str, Any]:
+    """What a figure of a score carries with it, JSON: score, model, seed, settings, paper, unit, stack, variable, version."""
+    settings = metadata(score, "settings")
+    # A stack of scores holds them as text.
+    held: dict[str, Any] = dict(json.loads(settings) if isinstance(settings, str) and settings else settings or {})
+    seeds = {k: v for k, v in _walk(held) if k == "seed" or k.endswith("_seed")}
+    about = {key: metadata(score, key) for key in ("name", "unit", "paper", "stack")}
+    seed = seeds.get("seed", next(iter(seeds.values()), None))
+    about |= {"variable": by, "model": held.get("model"), "seed": seed, "settings": held, "headscope": __version__}
+    return jsonable(about, "settings of the figure")
+
+
+def _walk(value: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Entries of a mapping, those of mappings in it (a probe's settings) first, so that the outer ones win."""
+    for item in value.values():
+        if isinstance(item, Mapping):
+            yield from _walk(item)
+    yield from ((str(k), v) for k, v in value.items())
+
+
+def read_image_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a PDF or SVG of :func:`write_image` says of the figure's making: score, model, seed, settings, version.
+
+    Any PDF reader shows the same under Keywords of the document's properties.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ScoreFileError: no image that Headscope wrote.
+    """
+    file = local_path(path)
+    data = file.read_bytes()
+    if data.startswith(b"%PDF"):
+        # matplotlib leaves the Info dictionary uncompressed; the JSON is ASCII, so the string has no other escapes.
+        found = re.search(rb"/Keywords \(((?:[^\\()]|\\.)*)\)", data, re.S)
+        text = None if found is None else re.sub(rb"\\(.)", _unescape, found[1], flags=re.S).decode("ascii", "replace")
+    else:
+        marked = re.search(rb"<dc:subject>.*?<rdf:li>(.*?)</rdf:li>", data, re.S)
+        text = None if marked is None else html.unescape(marked[1].decode("utf-8", "replace"))
+    try:
+        told: Any = json.loads(text or "")
+    except ValueError:
+        told = None
+    if not isinstance(told, dict) or not told:
+        raise ScoreFileError(f"{file} is no figure that Headscope wrote: it does not say what made it")
+    return told
+
+
+def _unescape(match: re.Match[bytes]) -> bytes:
+    return {b"n": b"\n", b"r": b"\r", b"t": b"\t"}.get(match[1], match[1])
 
 
 def latex_table(score: xr.Dataset, table: pd.DataFrame, path: str | os.PathLike[str] | None) -> str:

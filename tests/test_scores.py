@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -642,7 +641,7 @@ def test_parquet(ranked: xr.Dataset, tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(table.drop(columns=["score", "stack"]), ranked.heads.table(), check_dtype=False)
 
 
-@pytest.mark.parametrize(("export", "package"), [("parquet", "pyarrow"), ("pdf", "kaleido"), ("svg", "kaleido")])
+@pytest.mark.parametrize(("export", "package"), [("parquet", "pyarrow"), ("pdf", "matplotlib"), ("svg", "matplotlib")])
 def test_exports_name_the_package_they_lack(
     ranked: xr.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, export: str, package: str
 ) -> None:
@@ -650,12 +649,6 @@ def test_exports_name_the_package_they_lack(
     with pytest.raises(ImportError, match=f"to_{export} needs the package {package}"):
         getattr(ranked.heads, f"to_{export}")(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.skipif(not find_spec("kaleido"), reason="to_pdf needs kaleido and a Chromium")
-def test_pdf(ranked: xr.Dataset, tmp_path: Path) -> None:
-    ranked.heads.to_pdf(tmp_path / "s.pdf")
-    assert (tmp_path / "s.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_latex(ranked: xr.Dataset, tmp_path: Path) -> None:

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import xarray as xr
 
+from interp._version import __version__
 from interp.analysis.running import AnalysisError, as_model, build
+from interp.files import jsonable
 from interp.models.anatomy import anatomy
 from interp.models.model import Model
+from interp.vector_figures import KEY
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -45,7 +48,7 @@ def diff(
 
     Returns:
         ``a``, ``b``, ``difference``, ``se``, ``p``, ``p_adjusted``, ``n (score, layer, head)`` and by score ``rho`` (Spearman's, over
-        heads) and ``unit``; attributes name both models, and the stack.
+        heads) and ``unit``; attributes name both models, the stack, and the settings of each score.
 
     Raises:
         AnalysisError: no or repeated scores, another shape, another tokenizer or probe samples that differ, scores of several stacks.
@@ -61,11 +64,13 @@ def diff(
         _check_samples(build(probe, first), build(probe, second))
     parts: list[xr.Dataset] = []
     stacks: set[str] = set()
+    made: dict[str, Any] = {}
     for name in scores:
         options = dict((settings or {}).get(name, {}))
         x, y = (run(name, model, probe, progress=progress, **options) for model in (first, second))
         _check_same_text(name, first, second, x)
         stacks.add(str(x.attrs["stack"]))
+        made[name] = {k: v for k, v in x.attrs["settings"].items() if k != "model"}
         both = xr.Dataset({"a": x["value"], "b": y["value"], "difference": y["value"] - x["value"]}).reset_coords(
             drop=True
         )
@@ -80,7 +85,7 @@ def diff(
     if len(stacks) > 1:
         raise AnalysisError(f"scores must be of one stack, got {sorted(stacks)}")
     out = xr.concat(parts, dim=xr.DataArray(list(scores), dims="score", name="score"))
-    return out.assign_attrs(a=first.name, b=second.name, stack=stacks.pop(), correction=correction)
+    return out.assign_attrs(a=first.name, b=second.name, stack=stacks.pop(), correction=correction, settings=made)
 
 
 def diff_table(result: xr.Dataset, top: int | None = None) -> list[dict[str, Any]]:
@@ -152,6 +157,7 @@ def diff_figure(result: xr.Dataset) -> go.Figure:
     figure.update_layout(
         title=f"a: {result.attrs['a']}, b: {result.attrs['b']}", template="plotly_white", showlegend=False,
         height=120 + 320 * len(names),
+        meta={KEY: jsonable({"name": f"diff of {', '.join(names)}", **result.attrs, "headscope": __version__}, "attributes")},
     )  # fmt: skip
     return figure
 

@@ -9,8 +9,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+from interp._version import __version__
 from interp.evaluation.running import Evaluation, Row
 from interp.files import jsonable, write_whole
+from interp.vector_figures import KEY
 
 FORMATS = (".json", ".csv", ".html", ".svg", ".pdf")
 COLUMNS = (
@@ -114,6 +116,7 @@ def figure(result: Evaluation) -> Any:
     made.update_layout(
         title={"text": about}, template="simple_white", width=420 * columns + 160,
         height=140 + lines * max(200, 30 * len(names) + 80),
+        meta={KEY: _finite(jsonable({"name": about, **result.about, "headscope": __version__}, "evaluation"))},
     )  # fmt: skip
     return made
 

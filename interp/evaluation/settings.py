@@ -20,6 +20,8 @@ from interp.tracing.calls import Intervention
 
 PLAIN = ("greedy", "plain")
 OPTIONS = ("beam", "random")
+MAKERS = ("from_tsv", "from_score")
+"""What may follow a method's name: ``Streaming.from_tsv('full_attention_heads.tsv', sparsity=.5)`` is made from a file."""
 
 
 class SettingError(ValueError):
@@ -168,19 +170,26 @@ def _method(term: str, text: str) -> Intervention:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise SettingError(f"a method must be such as VHR(alpha=2), got {term!r} in {text!r}") from error
     call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-    if not isinstance(call.func, ast.Name) or any(k.arg is None for k in call.keywords):
+    maker: str | None = None
+    function = call.func
+    if isinstance(node, ast.Call) and isinstance(function, ast.Attribute) and function.attr in MAKERS:
+        maker, function = function.attr, function.value
+    if not isinstance(function, ast.Name) or any(k.arg is None for k in call.keywords):
         raise SettingError(f"a method must be such as VHR(alpha=2), got {term!r} in {text!r}")
     known = methods()
-    name = call.func.id
+    name = function.id
     if name not in known:
         near = get_close_matches(name, list(known), 3, 0.4)
         hint = f"; near: {', '.join(near)}" if near else ""
         raise SettingError(f"a method must be one of {', '.join(known)}, got {name!r}{hint}")
     arguments = [_literal(a, term) for a in call.args]
     keywords = {str(k.arg): _literal(k.value, term) for k in call.keywords}
+    make: Any = known[name] if maker is None else getattr(known[name], maker, None)
+    if make is None:
+        raise SettingError(f"{name} must have {maker} to be made from a file, and has not: {term!r}")
     try:
-        return known[name](*arguments, **keywords)
-    except (TypeError, ValueError) as error:
+        return make(*arguments, **keywords)
+    except (TypeError, ValueError, OSError) as error:
         raise SettingError(f"{term}: {error}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -86,6 +87,8 @@ class KVGates:
         """JSON-able."""
         said = {
             "gates": self.name or f"array {self.gates.shape}",
+            # Two files of one name are two settings.
+            "digest": hashlib.sha256(np.ascontiguousarray(self.gates).tobytes()).hexdigest()[:12],
             "stack": self.stack,
             "reduce": self.reduce,
             "method": self.method,
@@ -162,7 +165,8 @@ class Streaming(HeadPolicy):
         """A score per query head, such as retrieval: KV heads with the smallest stream.
 
         Args:
-            score: a score Dataset with ``value (layer, head)``.
+            score: a score Dataset with ``value (layer, head)``, or the path of a file with one, such as Retrieval_Head's
+                ``head_score/<model>.json``; see :func:`interp.scores.read_score`.
             share: of KV heads that stream; exactly one of this and ``threshold``.
             threshold: those below it stream.
             reduce: a KV head's number from those of its query heads: the largest (it streams only where all are small), or
@@ -171,6 +175,10 @@ class Streaming(HeadPolicy):
         """
         if (share is None) == (threshold is None):
             raise ValueError(f"one of share and threshold must be given, got {share} and {threshold}")
+        if isinstance(score, str | os.PathLike):
+            from interp.scores import read_score
+
+            score = read_score(score)
         values = score["value"].transpose("layer", "head")
         table = np.full((int(values["layer"].max()) + 1, int(values["head"].max()) + 1), np.nan)
         table[np.ix_(values["layer"].values, values["head"].values)] = values.values

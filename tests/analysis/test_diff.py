@@ -48,9 +48,14 @@ def test_the_head_that_was_tuned_stands_out(pair: tuple[Any, Any]) -> None:
     assert (one.p_adjusted.values >= one.p.values - 1e-12)[np.isfinite(one.p.values)].all()
     rows = diff_table(result, top=1)
     assert len(rows) == 2 and rows[0]["score"] == "induction" and rows[0]["difference"] != 0
-    figure = diff_figure(result)
-    assert [t.type for t in figure.data] == ["heatmap", "scatter", "scatter"] * 2
-    np.testing.assert_array_equal(np.array(figure.data[0].z), one.difference.values)
+    drawn: Any = diff_figure(result).data
+    assert [t.type for t in drawn] == ["heatmap", "scatter", "scatter"] * 2
+    np.testing.assert_array_equal(np.array(drawn[0].z), one.difference.values)
+    told: Any = diff_figure(result).layout.meta
+    assert told["headscope"]["a"] == result.attrs["a"] and set(told["headscope"]["settings"]) == {
+        "induction",
+        "previous_token",
+    }
 
 
 def test_a_model_against_itself_and_weights_alone(pair: tuple[Any, Any]) -> None:

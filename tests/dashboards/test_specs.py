@@ -131,8 +131,8 @@ def test_export_writes_one_page(tmp_path: Path) -> None:
     page = (tmp_path / "run.html").read_text(encoding="utf-8")
     assert '"L0H1"' in page and "headscopeStandalone" in page
     for arguments, words in (
-        (["export", str(path)], "--html must be given"),
-        (["export", str(tmp_path / "no.zarr"), "--html"], "cannot be opened"),
+        (["export", str(path)], "--to must be given"),
+        (["export", str(tmp_path / "no.zarr"), "--html"], "cannot be opened here"),
         (["export", str(path), "--html", "--heads", "L9H9"], "L9H9"),
     ):
         refused = CliRunner().invoke(app, arguments)
