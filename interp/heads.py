@@ -91,7 +91,7 @@ class Heads(Sequence[Head]):
     compare ``set(a) == set(b)`` to ignore it.
     """
 
-    __slots__ = ("_heads", "_known")
+    __slots__ = ("_heads", "_known", "_sites")
 
     def __init__(self, heads: Iterable[Head] = ()) -> None:
         self._heads = tuple(dict.fromkeys(heads))
@@ -99,6 +99,7 @@ class Heads(Sequence[Head]):
             if not isinstance(head, Head):
                 raise HeadError(f"heads must be Head objects (as_heads reads other forms), got {head!r}")
         self._known = frozenset(self._heads)
+        self._sites: dict[tuple[str, int], tuple[int, ...]] | None = None
 
     @classmethod
     def parse(cls, text: str, shape: Any = None) -> Heads:
@@ -155,10 +156,21 @@ class Heads(Sequence[Head]):
 
     def by_layer(self, stack: str = TEXT) -> dict[int, list[int]]:
         """``{layer: head numbers}`` of one stack, both ascending; layers without a head of this set are left out."""
-        found: dict[int, list[int]] = {}
-        for head in sorted(h for h in self if h.stack == stack):
-            found.setdefault(head.layer, []).append(head.head)
-        return found
+        return {layer: list(heads) for (name, layer), heads in self._by_site().items() if name == stack}
+
+    def at(self, layer: int, stack: str = TEXT) -> tuple[int, ...]:
+        """Head numbers of one layer, ascending; empty where the set has none there."""
+        return self._by_site().get((stack, layer), ())
+
+    def _by_site(self) -> dict[tuple[str, int], tuple[int, ...]]:
+        # Sorted once: interventions ask at every call of every site.
+        if self._sites is None:
+            found: dict[tuple[str, int], tuple[int, ...]] = {}
+            for head in sorted(self._heads):
+                place = (head.stack, head.layer)
+                found[place] = (*found.get(place, ()), head.head)
+            self._sites = found
+        return self._sites
 
     def check(self, shape: Any) -> Heads:
         """Return these heads if ``shape`` (see :meth:`parse`; None allows all) has each of them.

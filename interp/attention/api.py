@@ -108,6 +108,15 @@ def attend(
     kind = kinds.known(key)
     if kind is not None and (short := kind.short) is not None:
         return Attended(short(q, k, v, sinks, bias, groups), Readings(backend=kind.backend_name))
+    growing = None
+    if kind is None and key and bias is None and lse is None and not torch.is_grad_enabled():
+        others = (id(readout), scale, softcap, backend, want_output, kinds.shape_of(sinks))
+        growing = kinds.growing(mask, edit, q, k, v, *others)
+        last = None if growing is None else kinds.known(growing)
+        grown = None if last is None else last.of_length(k, v, mask, edit, readout)
+        if grown is not None and growing is not None and grown.short is not None:
+            kinds.remember(key, grown)
+            return Attended(grown.short(q, k, v, sinks, bias, groups), Readings(backend=grown.backend_name))
     if family is not None:
         kind = None  # what a kind without a short way keeps may be about the groups of another of the family
     call = Call(
@@ -133,8 +142,11 @@ def attend(
             kinds.remember(key, kind)
     output, readings = kind.backend.run(call)
     readings.backend = kind.backend_name
-    if family is not None and kind.short is not None:
-        kinds.remember(key, kind)
+    if kind.short is not None:
+        if family is not None:
+            kinds.remember(key, kind)
+        if growing is not None:
+            kinds.remember(growing, kind)
     return Attended(output, readings)
 
 

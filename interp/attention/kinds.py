@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +29,8 @@ Short = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor |
 """z ``[B, Lq, H, Dv]`` from q, k, v, sinks, bias and the edit's key groups where they differ from those of the kind."""
 SHORT = "short"
 """Where a backend leaves, in the memo of a kind that nobody reads or differentiates, a shorter way for calls after the first."""
+LONGER = "longer"
+"""Where it leaves what makes, of k, v and the edit's groups, the short way of a call on a cache that has grown, or None."""
 
 
 @dataclass(eq=False)
@@ -54,6 +56,15 @@ class Kind:
     def short(self) -> Short | None:
         """The way of later calls where the backend has left one."""
         return self.memo.get(SHORT)
+
+    def of_length(self, k: Tensor, v: Tensor, mask: Mask, edit: Edit, readout: Readout) -> Kind | None:
+        """The kind of calls that differ from those of this one in the length of the cache alone, where the backend can tell."""
+        longer = self.memo.get(LONGER)
+        short = None if longer is None else longer(k, v, edit.groups)
+        if short is None:
+            return None
+        memo = {SHORT: short, LONGER: longer}
+        return replace(self, holds=(mask, edit, readout), mask=mask, edit=edit, memo=memo)
 
     @property
     def current(self) -> bool:
@@ -98,6 +109,26 @@ def clear() -> None:
     """Let go of all kinds: each is prepared anew when it next comes."""
     with _lock:
         _kinds.clear()
+
+
+def growing(mask: Mask, edit: Edit, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Any, ...] | None:
+    """What calls share that differ in the length of the cache alone, one query row of which sees all of it; else None."""
+    whole = mask.padding is None and mask.window is None and mask.dense is None and mask.rule is None
+    if not whole or q.shape[2] != 1 or (mask.causal and mask.q_offset - mask.kv_offset != k.shape[2] - 1):
+        return None
+    # What the checks of a first call would find is left to it.
+    if v.shape[:3] != k.shape[:3] or k.device != q.device or v.device != q.device:
+        return None
+    held, groups, of_groups = edit, edit.groups, None
+    if edit.family is not None and groups is not None:
+        if groups.shape[-1] != k.shape[2] or groups.device != q.device:
+            return None
+        held, of_groups = edit.family, (groups.shape[:-1], groups.dtype)
+    elif groups is not None:
+        return None
+    return (
+        "growing", id(held), of_groups, shape_of(q), k.shape[:2], k.shape[3], v.shape[3], k.dtype, v.dtype, mask.cross, *others,
+    )  # fmt: skip
 
 
 def shape_of(tensor: Tensor | None) -> Any:

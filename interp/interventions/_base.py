@@ -85,7 +85,7 @@ class HeadPolicy(Intervention):
                 )
 
     def acts_on(self, site: Site, run: RunState) -> bool:
-        return site.layer in self.heads_of(run).by_layer(site.stack)
+        return bool(self.heads_of(run).at(site.layer, site.stack))
 
     def heads_of(self, run: RunState) -> Heads:
         """The heads on the run's model."""
@@ -94,7 +94,7 @@ class HeadPolicy(Intervention):
             state["heads"] = self.resolve(run.anatomy)
         return state["heads"]
 
-    def mine(self, call: SiteCall) -> list[int]:
+    def mine(self, call: SiteCall) -> tuple[int, ...]:
         """Chosen head numbers at the call's site, ascending."""
         return heads_at(call, self.heads_of(call.run))
 
@@ -103,7 +103,7 @@ class HeadPolicy(Intervention):
         mine = self.mine(call)
         if not mine or self.scope not in ("all", "next", call.phase, "cached" if call.run.past_length else ""):
             return None
-        key = (tuple(mine), call.site.n_heads, call.q.device)
+        key = (mine, call.site.n_heads, call.q.device)
         heads = self.kept(call, ("heads", *key), lambda: call.heads(mine))
         if self.scope == "next" and not call.generated:
             return self.kept(call, ("next", *key), lambda: heads & deciding_row(call)[:, None], lasting=False)
@@ -263,7 +263,7 @@ class HeadValues:
     def key(self, call: SiteCall, heads: Heads) -> tuple[Any, ...]:
         """Sites of the same key have the same values (unless they vary by position)."""
         alike = self.table.shape[1] == 1
-        names = tuple(heads_at(call, heads)) if alike else (call.site.stack, call.site.layer)
+        names = heads_at(call, heads) if alike else (call.site.stack, call.site.layer)
         return (names, call.site.n_heads, call.q.shape[0], call.q.device)
 
 

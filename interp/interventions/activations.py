@@ -241,7 +241,7 @@ class _Collector(Intervention):
         self.chosen = None if self.heads is None else resolve_heads(self.heads, anatomy)
 
     def acts_on(self, site: Site, run: RunState) -> bool:
-        return self.chosen is None or site.layer in self.chosen.by_layer(site.stack)
+        return self.chosen is None or bool(self.chosen.at(site.layer, site.stack))
 
     def after(self, call: SiteCall, z: Tensor) -> None:
         if self.chosen is not None and not heads_at(call, self.chosen):

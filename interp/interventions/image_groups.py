@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -168,22 +167,28 @@ class KeyGroups:
 
     def of(self, call: SiteCall) -> Tensor:
         """Int8 ``[B, Lk]`` of a call."""
-        batch, n_keys, start = call.q.shape[0], call.k.shape[2], call.mask.kv_offset
-        key = (call.q.device, batch)
+        return self._at(call.q.shape[0], call.mask.kv_offset, call.k.shape[2], call.q.device)
+
+    def _at(self, batch: int, start: int, n_keys: int, device: torch.device) -> Tensor:
+        key = (device, batch)
         buffer = self.buffers.get(key)
         if buffer is None or buffer.shape[1] < start + n_keys:
             room = max(start + n_keys + 256, self.codes.shape[1])
             grown = torch.nn.functional.pad(self.codes, (0, room - self.codes.shape[1]), value=self.beyond)
-            buffer = grown.repeat_interleave(repeats(batch, len(grown)), 0).to(call.q.device)
+            buffer = grown.repeat_interleave(repeats(batch, len(grown)), 0).to(device)
             self.buffers[key] = buffer
         # Rows may lie further apart than their keys: copied, they would have to be at every token.
         return buffer[:, start : start + n_keys]
 
     def edit(self, call: SiteCall, template: Edit) -> Edit:
         """``template`` with the call's groups; the same object for all layers, and as long as no key is added."""
-        place = (id(template), call.q.device)
-        key = (call.q.shape[0], call.k.shape[2], call.mask.kv_offset)
+        return self.edit_at(call.q.shape[0], call.mask.kv_offset, call.k.shape[2], call.q.device, template)
+
+    def edit_at(self, batch: int, start: int, n_keys: int, device: torch.device, template: Edit) -> Edit:
+        """As :meth:`edit`, of a call of so many samples and of so many keys from a position on."""
+        place = (id(template), device)
+        key = (batch, start, n_keys)
         known = self.edits.get(place)
         if known is None or known[0] is not template or known[1] != key:
-            self.edits[place] = known = (template, key, template.regrouped(self.of(call)))
+            self.edits[place] = known = (template, key, template.regrouped(self._at(batch, start, n_keys, device)))
         return known[2]

@@ -113,14 +113,14 @@ class Knockout(Intervention):
 
     def acts_on(self, site: Site, run: RunState) -> bool:
         state = run.of(self)
-        chosen = self.heads is None or site.layer in state.get("heads", {}).by_layer(site.stack) if state else False
+        chosen = self.heads is None or bool(state["heads"].at(site.layer, site.stack)) if state else False
         return chosen and site.stack == self.stack and site.layer in state.get("layers", ())
 
     def before(self, call: SiteCall) -> Edit | None:
         state = call.run.of(self)
         if not self.acts_on(call.site, call.run):
             return None
-        heads = None if self.heads is None else tuple(heads_at(call, state["heads"]))
+        heads = None if self.heads is None else heads_at(call, state["heads"])
         prompt: Prompt = state["prompt"]
         later = call.mask.q_offset >= prompt.kind.shape[1]
         beyond = self.target == "last" or _beyond(self.target)

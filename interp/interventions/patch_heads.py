@@ -111,7 +111,7 @@ class PatchHeads(HeadPolicy):
         if self.what not in KEYED:
             return
         for site in anatomy.sites:
-            mine, group = heads.by_layer(site.stack).get(site.layer, []), site.n_heads // site.n_kv_heads
+            mine, group = heads.at(site.layer, site.stack), site.n_heads // site.n_kv_heads
             for kv in sorted({h // group for h in mine}):
                 missing = sorted(set(range(kv * group, (kv + 1) * group)) - set(mine))
                 if missing:

@@ -33,9 +33,9 @@ def resolve_heads(heads: Any, anatomy: Anatomy) -> Heads:
     return as_heads(heads, {stack: (len(layers), layers) for stack, layers in counts.items()})
 
 
-def heads_at(call: SiteCall, heads: Heads) -> list[int]:
-    """Head numbers of the set at the call's site."""
-    return heads.by_layer(call.site.stack).get(call.site.layer, [])
+def heads_at(call: SiteCall, heads: Heads) -> tuple[int, ...]:
+    """Head numbers of the set at the call's site, ascending."""
+    return heads.at(call.site.layer, call.site.stack)
 
 
 def in_decoder(call: SiteCall) -> bool:

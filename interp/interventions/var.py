@@ -24,7 +24,7 @@ from interp.interventions.image_groups import (
 from interp.interventions.layers import read_layers, resolve_layers, skipping
 from interp.models.anatomy import Anatomy, Site, anatomy
 from interp.models.model import unwrap
-from interp.tracing.calls import Intervention, InterventionError, RunState, SiteCall
+from interp.tracing.calls import NOTHING_LASTS, Intervention, InterventionError, Lasting, RunState, SiteCall
 from interp.tracing.visual_sinks import (
     phi,
     scaled_tau,
@@ -170,7 +170,8 @@ class VAR(Intervention):
         sites = [site for site in run.anatomy.stacks["text"] if site.layer in layers]
         state.update(
             layers=layers, dims=dims, tau=tau, largest=0.0, template=self._edit(None),
-            sinks=dict(earlier.get("sinks", {})), groups=dict[int, KeyGroups](), shared=dict[int, KeyGroups | None](),
+            sinks=dict(earlier.get("sinks", {})), groups=dict[int, KeyGroups](), there=dict[Any, Prompt](),
+            shared=dict[int, KeyGroups | None](),
         )  # fmt: skip
 
         def note(site: Site, x: Tensor) -> None:
@@ -194,18 +195,30 @@ class VAR(Intervention):
             shared = self._shared(call, state)
             return None if shared is None else shared.edit(call, state["template"])
         groups: KeyGroups = state["groups"][call.site.layer]
-        rows = prompt_rows(call, prompt.real & ~prompt.image, beyond=True)
         if call.site.layer == state["layers"][-1]:
             self._warn(state)
-        return self._edit(rows[:, None], groups.of(call))
+        # One operation for all layers of a forward: they differ in their groups alone.
+        place = (call.run.forwards, call.q.device, call.q.shape[0], call.mask.q_offset, call.q.shape[2])
+        known = state.get("prefill")
+        if known is None or known[0] != place:
+            rows = prompt_rows(call, prompt.real & ~prompt.image, beyond=True)
+            known = state["prefill"] = (place, self._edit(rows[:, None]))
+        return known[1].regrouped(groups.of(call))
 
-    def _edit(self, where: Tensor | None, groups: Tensor | None = None) -> Edit:
+    def lasting(self, call: SiteCall) -> Lasting | None:
+        state = call.run.of(self)
+        if call.mask.q_offset < state["prompt"].kind.shape[1]:
+            return None
+        shared = self._shared(call, state)
+        return NOTHING_LASTS if shared is None else Lasting(template=state["template"], groups=shared)
+
+    def _edit(self, where: Tensor | None) -> Edit:
         rho = self.rho if self.rho_means == "non_sink" else 1 - self.rho
         move = Redistribute(
             source=SOURCES[self.sources], target=(2,), fraction=self.moved_fraction, gate_mass=(1, 2), gate_share=(2,),
             summ=self.summ, rho=rho, where=where,
         )  # fmt: skip
-        return Edit((move,), groups=groups, n_groups=4)
+        return Edit((move,), n_groups=4)
 
     def _note(self, run: RunState, prompt: Prompt, site: Site, x: Tensor) -> None:
         """Find the sinks among new positions of the prompt, from what enters a layer ``[B, L, d]``."""
@@ -219,9 +232,12 @@ class VAR(Intervention):
         # Between the turns of a conversation stand generated tokens, which are no sinks.
         sinks = torch.cat([torch.nn.functional.pad(old, (0, start - old.shape[1])), new], -1)
         state["sinks"][site.layer] = sinks
-        seen = torch.where(prompt.image[:, start : start + new.shape[1]].to(new.device), strength, 0.0)
+        there: Prompt | None = state["there"].get(new.device)
+        if there is None:
+            there = state["there"][new.device] = Prompt(prompt.kind.to(new.device), prompt.picture.to(new.device))
+        seen = torch.where(there.image[:, start : start + new.shape[1]], strength, 0.0)
         state["largest"] = torch.maximum(seen.max(), torch.as_tensor(state["largest"], device=new.device))
-        known = Prompt(prompt.kind[:, : sinks.shape[1]], prompt.picture[:, : sinks.shape[1]])
+        known = Prompt(there.kind[:, : sinks.shape[1]], there.picture[:, : sinks.shape[1]])
         codes = sink_codes(sinks, known, needs_visual=self.without_visual_sink == "skip")
         state["groups"][site.layer] = KeyGroups(codes)
         state["shared"].clear()
@@ -249,8 +265,8 @@ class VAR(Intervention):
 
     def _acts(self, codes: Tensor) -> Tensor:
         """Is there a sink to take from and a token to give to? A bool tensor without axes."""
-        sources = torch.tensor(SOURCES[self.sources], dtype=codes.dtype, device=codes.device)
-        return (codes == 2).any() & torch.isin(codes, sources).any()
+        gives = torch.stack([codes == source for source in SOURCES[self.sources]])
+        return (codes == 2).any() & gives.any()
 
     def _warn(self, state: dict[str, Any]) -> None:
         groups: list[KeyGroups] = list(state["groups"].values())

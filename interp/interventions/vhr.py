@@ -10,11 +10,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from interp.attention import Gain
 from interp.interventions._base import Strength
 from interp.interventions.image_groups import reads_text, repeats, require_images, require_vision
 from interp.interventions.layers import read_layers, resolve_layers
 from interp.models.anatomy import Anatomy, Site
-from interp.tracing.calls import Intervention, InterventionError, RunState, SiteCall
+from interp.tracing.calls import Intervention, InterventionError, Lasting, RunState, SiteCall
 from interp.tracing.text_only import last_z
 
 
@@ -115,6 +116,13 @@ class VHR(Intervention):
         if len(gain) != len(z):
             gain = gain.repeat_interleave(repeats(len(z), len(gain)), 0)
         return z * gain
+
+    def lasting(self, call: SiteCall) -> Lasting | None:
+        gain: Tensor | None = call.run.of(self)["gains"].get(call.site.name)
+        if gain is None:
+            return None
+        gain = gain.repeat_interleave(repeats(len(call.q), len(gain)), 0)
+        return Lasting((Gain(gain[..., 0].transpose(1, 2)),))
 
     def _choose(self, call: SiteCall, z: Tensor, text: Tensor) -> Tensor:
         """Gains ``[S, 1, H, 1]`` in z's dtype, from z ``[B, Lq, H, Dv]`` and z of the text alone ``[S, H, Dv]``."""

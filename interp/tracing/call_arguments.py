@@ -34,9 +34,10 @@ def site_call(
     decoder = decodes(site)
     start = run.past_length if decoder else chunk[0]
     bias: Tensor | None = options.get("position_bias")
-    if isinstance(given, LazyMask) and given.shape[-1] != n_keys:
-        given = given.dense()
-    if isinstance(given, LazyMask):
+    lazy = isinstance(given, LazyMask)
+    if lazy and given.n_keys != n_keys:
+        given, lazy = given.dense(), False
+    if lazy:
         mask = given.describe()
         mask = replace(mask, cross=True, causal=False, window=None, q_offset=start) if site.cross else mask
     elif isinstance(given, Tensor):
@@ -54,8 +55,8 @@ def site_call(
         bias = bias[..., :n_keys].to(query.device)
     sinks: Tensor | None = options.get("s_aux")
     if sinks is None:
-        own = getattr(module, "sinks", None)
-        sinks = own if isinstance(own, Tensor) else None
+        # Not by getattr: a module that lacks a name takes its time to say so, at every call.
+        sinks = module._parameters.get("sinks")
     if options.get("softcap") is not None and entry_implementation(getattr(module, "config", None)) == "sdpa":
         warnings.warn(
             f"{site.name} has a softcap of {options['softcap']}, which SDPA drops without a word in this transformers: the model "
@@ -63,9 +64,11 @@ def site_call(
             stacklevel=2,
         )
     scale = options.get("scaling")
-    seen = _with_sizes(site, query.shape[1], key.shape[1], query.shape[-1], value.shape[-1])
+    sizes = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
+    if (site.n_heads, site.n_kv_heads, site.head_dim, site.v_head_dim) != sizes:
+        site = _with_sizes(site, *sizes)
     return SiteCall(
-        site=seen,
+        site=site,
         run=run,
         q=query,
         k=key,

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from interp.attention import Edit, Mask
+from interp.attention import Edit, Gain, Mask
 from interp.models.anatomy import Anatomy, Site
 from interp.models.layout import Layout, layout
 
@@ -19,6 +19,28 @@ from interp.models.layout import Layout, layout
 class InterventionError(ValueError):
     """A policy that cannot act: on this model, on these inputs, or beside another one. Raised before the first token."""
 
+
+class Grouping(Protocol):
+    """Key groups of one site that hand out an edit for any length of the sequence."""
+
+    def edit_at(self, batch: int, start: int, n_keys: int, device: torch.device, template: Edit) -> Edit: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Lasting:
+    """All that an intervention does at one site to every generated row still to come in a run.
+
+    Attributes:
+        gains: on z, in order.
+        template: an edit, with the key groups that ``groups`` gives for the length reached; None for gains alone.
+    """
+
+    gains: tuple[Gain, ...] = ()
+    template: Edit | None = None
+    groups: Grouping | None = None
+
+
+NOTHING_LASTS = Lasting()
 
 _kept: WeakKeyDictionary[Any, dict[int, tuple[Any, dict[str, Any]]]] = WeakKeyDictionary()
 
@@ -39,6 +61,7 @@ class RunState:
         forwards: number of forwards so far, the current one included.
         state: a dictionary for each intervention, new for every run.
         touched: by site, whether any intervention of the session may act there.
+        lasting: by site, what its interventions said of all rows still to be generated; None where they must be asked.
         root: the session's model, which holds ``module``.
         cache: the KV cache of the current forward, None where none was given.
         given_prompt_length: the prompt ends there and what follows is a given answer (see ``Session.prompt_length``).
@@ -57,6 +80,7 @@ class RunState:
     layout_problem: str = ""
     state: dict[int, dict[str, Any]] = field(default_factory=dict[int, dict[str, Any]])
     touched: dict[str, bool] = field(default_factory=dict[str, bool])
+    lasting: dict[str, Any] = field(default_factory=dict[str, Any])
     root: nn.Module | None = None
     cache: Any = None
     given_prompt_length: int | None = None
@@ -147,10 +171,10 @@ class SiteCall:
         """Absolute position of every row, int64 ``[Lq]``."""
         return torch.arange(self.q.shape[2], device=self.q.device) + self.mask.q_offset
 
-    def heads(self, heads: list[int]) -> Tensor:
+    def heads(self, heads: Sequence[int]) -> Tensor:
         """A bool tensor ``[1, H, 1]``, True at the given heads."""
         out = torch.zeros(1, self.site.n_heads, 1, dtype=torch.bool, device=self.q.device)
-        out[:, heads] = True
+        out[:, list(heads)] = True
         return out
 
 
@@ -191,6 +215,14 @@ class Intervention:
 
     def after(self, call: SiteCall, z: Tensor) -> Tensor | None:
         """A replacement of z ``[B, Lq, H, Dv]``, or None to leave it."""
+        return None
+
+    def lasting(self, call: SiteCall) -> Lasting | None:
+        """What it does at the call's site to every row still to be generated in this run, asked once it has generated one.
+
+        None, the default, has ``before`` and ``after`` asked at every token. A policy that will not change its mind saves most
+        of what a token costs the host by saying so.
+        """
         return None
 
     def describe(self) -> dict[str, Any]:

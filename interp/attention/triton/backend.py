@@ -30,7 +30,7 @@ from interp.attention.edits import (
     Threshold,
     Uniform,
 )
-from interp.attention.kinds import SHORT
+from interp.attention.kinds import LONGER, SHORT
 from interp.attention.readouts import Readings, Readout
 from interp.attention.triton import tiles
 from interp.attention.triton.counting import received_rows
@@ -85,7 +85,7 @@ def run(call: Call) -> tuple[Tensor | None, Readings]:
             few = call.shape[2] <= DECODE_ROWS and supports_decode(call) is None
             plan = memo["triton"] = Decoding(call) if few else Plan(call)
             if isinstance(plan, Decoding) and plan.short is not None and not recording:
-                memo[SHORT] = plan.short
+                memo[SHORT], memo[LONGER] = plan.short, plan.of_length
         return plan.run(call)
 
 

@@ -161,6 +161,31 @@ class Work:
         weights = self.weights._replace(how=GIVEN_WEIGHTS.value, values=values)
         return replace(self, weights=weights, dtypes=None)
 
+    def of_length(self, k: Tensor, v: Tensor, groups: Tensor | None) -> Work | None:
+        """The same work on a cache of another length, all of which its one query row sees; None where it must be looked at.
+
+        Args:
+            groups: the edit's key groups, where the kernel looks at any.
+        """
+        if self.dtypes is None or (groups is None) != (self.tail[0] is None):
+            return None
+        n_keys = k.shape[2]
+        # q is the same kind of tensor as before.
+        steps = (*self.values[:3], *k.stride()[:3], *v.stride()[:3])
+        together = functools.reduce(int.__or__, steps)
+        of_keys: Values = (None, 0) if groups is None else with_batch_stride(row_major(groups))
+        if (
+            together & 15
+            or together >= 1 << 31
+            or k.stride(3) != 1
+            or v.stride(3) != 1
+            or not aligned_to_16(of_keys[0])
+        ):
+            return None
+        values = (*steps, *self.values[9:14], n_keys, *self.values[15:])
+        shape = (*self.shape[:4], n_keys)
+        return replace(self, shape=shape, values=values, tail=(*of_keys, *self.tail[2:]), span=n_keys)
+
     def before_step_4(self) -> Work:
         """The same work without uniform rows and weights."""
         at = EDITED_FLAGS.index("UNIFORM")

@@ -10,6 +10,7 @@ finds the variants compiled for the one before.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -56,7 +57,7 @@ class Decoding:
 
     def __init__(self, call: Call, shared: Tables | None = None) -> None:
         asked, edit = call.readout, call.edit
-        self.work = Work.of(call, shared)
+        self.work, self.asked = Work.of(call, shared), asked
         self.from_map = _reads_map(call)
         self.stats = asked.row_stats
         self.in_turn = len(edit.of(GroupWeights, Redistribute)) > 1
@@ -78,6 +79,16 @@ class Decoding:
             return self.main.output_of(x, groups)
         with torch.cuda.device(index):
             return self.main.output_of(x, groups)
+
+    def of_length(self, k: Tensor, v: Tensor, groups: Tensor | None) -> Short | None:
+        """The short way of calls that differ in the length of the cache alone, see :meth:`Work.of_length`."""
+        work = self.work.of_length(k, v, groups)
+        if work is None or self.short is None:
+            return None
+        made = copy(self)
+        made.work, made.main = work, Pass(work, self.asked, output=True)
+        made.short = made._output
+        return made.short
 
     def run(self, call: Call) -> tuple[Tensor | None, Readings]:
         """z and readings of a call of this kind."""

@@ -396,3 +396,42 @@ def test_an_edit_of_a_family_is_checked_for_its_shape() -> None:
     made = call()
     with pytest.raises(AttentionArgumentError, match=r"edit\.groups: .*Lk = 43.*; got .*42"):
         attend(made.q, made.k, made.v, scale=0.4, edit=template.regrouped(groups(keys=42)), backend="reference")
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("edit", ["moved", "weights", "temperature"])
+def test_a_growing_cache_is_prepared_once(edit: str, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds.clear()
+    monkeypatch.setattr(decode_launch, "forced_parts", splits)
+    template = converted(
+        FAMILIES.get(edit, Edit((Temperature(torch.tensor([[[0.7], [1.3], [1.0], [2.0]]])),))), torch.float32
+    )
+    longest = call(keys=52)
+    buffer = groups(keys=52).to(DEVICE)
+    looked: list[object] = []
+    of = decoding.Work.of
+    monkeypatch.setattr(decoding.Work, "of", lambda *a: (looked.append(a), of(*a))[1])
+    for n in (40, 41, 47, 52):
+        now = template if edit == "temperature" else template.regrouped(buffer[:, :n])
+        made = replace(longest, k=longest.k[:, :, :n].contiguous(), v=longest.v[:, :, :n].contiguous(), edit=now)
+        given = [getattr(made, name).to(DEVICE) for name in ("q", "k", "v")]
+        with torch.no_grad():
+            mask = Mask(causal=True, q_offset=n - 1)
+            outputs = [attend(*given, scale=0.4, mask=mask, edit=now, backend="triton").output for _ in range(2)]
+        exact = reference.run(
+            replace(made, **{name: converted(getattr(made, name), torch.float64) for name in ("q", "k", "v")},
+                    edit=converted(now, torch.float64))
+        )[0]  # fmt: skip
+        for output in outputs:
+            assert output is not None and exact is not None
+            torch.testing.assert_close(output.cpu().double(), exact, atol=5e-6, rtol=5e-6)
+    assert len(looked) == 1
+    # Half of the keys hidden from the row, or fewer values than keys: looked at, and right or refused.
+    with torch.no_grad():
+        q, k, v = given
+        half = attend(q, k, v, scale=0.4, mask=Mask(causal=True, q_offset=25), edit=now, backend="triton").output
+        wanted = attend(q, k, v, scale=0.4, mask=Mask(causal=True, q_offset=25), edit=now, backend="reference").output
+        torch.testing.assert_close(half, wanted, atol=5e-6, rtol=5e-6)
+        with pytest.raises(AttentionArgumentError, match="v: must have k's"):
+            attend(q, k, v[:, :, :50], scale=0.4, mask=mask, edit=now, backend="triton")
+    kinds.clear()
