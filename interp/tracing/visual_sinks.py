@@ -166,9 +166,8 @@ def _calibrate(root: nn.Module, shape: Anatomy, calls: Sequence[Callable[[], Any
     large = (peak >= max(tau, top / 4)) & (typical < tau) & (ratio >= STANDS_OUT)
     found = sorted(int(d) for d in order if large[d])
     if found:
-        return SinkDimensions(
-            tuple(found), *(tuple(float(values[d]) for d in found) for values in (peak, typical, ratio))
-        )
+        shares = [tuple(float(values[d]) for d in found) for values in (peak, typical, ratio)]
+        return SinkDimensions(tuple(found), peak=shares[0], typical=shares[1], ratio=shares[2])
     shown = ", ".join(
         f"{int(d)}: {float(peak[d]):.3g} (75 % of tokens below {float(typical[d]):.3g}; |x| {float(ratio[d]):.3g} times theirs)"
         for d in order[:3]

@@ -22,7 +22,7 @@ def test_a_query_of_zero_gives_the_rows_of_the_uniform_edit() -> None:
     edited = attend(q, k, v, edit=Edit((Uniform(torch.ones(1, 1, 1, dtype=torch.bool)),)), **given)
     wanted = torch.ones(9, 9, dtype=torch.float64).tril() / torch.arange(1, 10)[:, None]
     for got in (zero, edited):
-        assert got.readings.attention is not None
+        assert got.readings.attention is not None and got.output is not None
         torch.testing.assert_close(got.readings.attention.double(), wanted.expand(1, 4, 9, 9), atol=1e-7, rtol=0)
         means = (wanted @ v).repeat_interleave(2, 1).transpose(1, 2)
         torch.testing.assert_close(got.output.double(), means, atol=1e-6, rtol=1e-6)
