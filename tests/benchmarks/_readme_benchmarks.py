@@ -179,3 +179,18 @@ def _generation_lvlm(content: dict[str, Any]) -> str:
         f"Tokens per second of an LVLM under interventions, against the plain model (promised: VHR 0.97, VAR 0.92; **not met**): "
         f"{'; '.join(parts)}. {content['note']}."
     )
+
+
+@shows("soak")
+def _soak(content: dict[str, Any]) -> str:
+    rows = content["rows"]
+    n, first, last = rows[-1]["generations"], rows[0], rows[-1]
+    settled = [row for row in rows if row["generations"] >= 0.2 * n]
+    memory = [row["rss mib collected"] for row in settled]
+    objects = [row["objects"] for row in settled]
+    return (
+        f"A soak on a CPU: {n} generations with interventions, captures and errors in rotation. From a fifth of them to the end resident "
+        f"memory stays between **{min(memory):.0f} and {max(memory):.0f} MiB** ({memory[0]:.0f} at first, {memory[-1]:.0f} at last; "
+        f"{first['rss mib collected']:.0f} before the first round), Python objects go from {objects[0]} to **{objects[-1]}**, tensors from "
+        f"{settled[0]['tensors']} to {last['tensors']}; no hook is left ([figure](tests/benchmarks/results/soak.png)). {content['note']}."
+    )
