@@ -64,7 +64,7 @@ docs: .venv/.stamp-docs ## the documentation in out/docs, warnings as errors
 	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/mkdocs build --strict --quiet
 
 release-check: .venv/.stamp-dev ## wheel and sdist, built, looked into, and installed into an empty environment
-	HEADSCOPE_EMPTY_ENVIRONMENT=1 $(BIN)/python -m pytest tests/test_packaging.py -m slow $(PYTEST_ARGS)
+	HEADSCOPE_EMPTY_ENVIRONMENT=1 $(BIN)/python -m pytest tests/test_packaging.py tests/test_extras.py -m slow $(PYTEST_ARGS)
 
 bench: .venv/.stamp-dev ## every benchmark, recorded in tests/benchmarks/results
 	@for file in tests/benchmarks/bench_*.py; do echo "-- $$file"; $(BIN)/python $$file $(BENCH_ARGS) || exit 1; done

@@ -44,7 +44,7 @@ def headscope_widget(trace: Trace, heads: Any = (), title: str = "") -> Any:
         anywidget: Any = import_module("anywidget")
         traitlets: Any = import_module("traitlets")
     except ImportError as error:
-        raise ImportError("the widget needs anywidget: pip install anywidget") from error
+        raise ImportError("the widget needs anywidget: pip install headscope[notebooks]") from error
     run = Run(run_id({"widget": id(trace)}), {}, trace, title or "trace")
     data = page_data(None, run, as_heads(heads))
     made = type(

@@ -449,7 +449,7 @@ def test_the_widgets_module_draws_in_a_page_of_its_own(server: Server, run: str,
     try:
         import anywidget as _  # noqa: F401
     except ImportError:
-        with pytest.raises(ImportError, match="pip install anywidget"):
+        with pytest.raises(ImportError, match="headscope\\[notebooks\\]"):
             headscope_widget(server.space.run(run).trace)
 
 
