@@ -19,6 +19,7 @@ from interp.interventions import HeadActivations, HeadMeans
 from interp.interventions import _classes as interventions
 from interp.testing import build
 from probes.contrast import ContrastPair
+from probes.key_value import KeyValueTokens
 from probes.repeated import RepeatedTokens
 from probes.samples import Sample
 
@@ -132,14 +133,22 @@ def test_sessions_leave_nothing_behind(pair: Pair) -> None:
 
 PROMPTS = [{"input_ids": torch.randint(3, 90, (1, 16), generator=torch.Generator().manual_seed(n))} for n in range(2)]
 PAIRS = [ContrastPair(Sample((1, 5, 6, 7, 8)), Sample((1, 5, 9, 7, n)), 5, 9) for n in (8, 10)]
+NEEDLES = KeyValueTokens(range(10, 50), range(50, 90), n_pairs=(6,))
 REPEATED = RepeatedTokens(n=2, length=6, vocabulary=range(10, 60))
 PROBES: dict[str, Any] = {
     **dict.fromkeys(
         ("entropy", "effective_keys", "top_k_mass", "selection_margin", "attention_distance", "redundancy", "ablation",
-         "direct_effect", "logit_attribution", "head_gates", "write_norm", "entry_influence"), PROMPTS),
+         "direct_effect", "logit_attribution", "head_gates", "write_norm", "entry_influence", "sink", "elasticity",
+         "streaming_mass"), PROMPTS),
     **dict.fromkeys(("activation_patching", "attribution_patching", "path_patching"), PAIRS),
     **dict.fromkeys(("previous_token", "duplicate_token", "induction", "prefix_matching", "copying"), REPEATED),
+    **dict.fromkeys(("retrieval", "activation_frequency", "needle_contribution", "query_mass", "duo_attention"), NEEDLES),
     **dict.fromkeys(("ov_copying", "qk_matching"), None),
+}  # fmt: skip
+SETTINGS: dict[str, dict[str, Any]] = {
+    "sink": {"length": 12, "measure": "mass"}, "elasticity": {"lengths": (8, 12, 16), "rows": 4},
+    "streaming_mass": {"sink": 1, "recent": 4}, "duo_attention": {"steps": 3, "sink": 1, "recent": 4},
+    **{name: {"mode": "teacher_forced"} for name in ("retrieval", "activation_frequency")},
 }  # fmt: skip
 ON_IMAGES = (
     "vision_aware_divergence",
@@ -157,7 +166,7 @@ def test_scores_are_those_of_the_model_in_memory(pair: Pair, name: str) -> None:
     if sees != (name in ON_IMAGES):
         pytest.skip("text scores are for the Llama, image scores for the LLaVA")
     probe = [pair.inputs, pair.corrupt] if sees else PROBES[name]
-    wanted, got = (interp.score(name, model, probe) for model in (pair.module, pair.offloaded))
+    wanted, got = (interp.score(name, m, probe, **SETTINGS.get(name, {})) for m in (pair.module, pair.offloaded))
     np.testing.assert_allclose(got["value"], wanted["value"], atol=1e-5, rtol=1e-4)
     assert np.isfinite(got["value"]).any()
 
