@@ -138,7 +138,7 @@ def requirements() -> list[Requirement]:
 def test_imports_are_declared() -> None:
     declared = {canonicalize_name(requirement.name) for requirement in requirements()}
     # Optional peers that a user has or has not; each is imported where it is used, and its absence is handled there.
-    declared |= {"peft", "triton", "pytest", "bitsandbytes"}
+    declared |= {"peft", "triton", "pytest", "bitsandbytes", "bertviz", "circuitsvis"}
     owners = importlib.metadata.packages_distributions()
     undeclared = {
         name: file
