@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import _readme_deit
+import _readme_real
 import _readme_vision
-from _results import RESULTS, result, table, where
+from _results import RESULTS, recorded, result, table
 
 DOSES = (0, 1, 3, 10, 30)
 
@@ -15,14 +17,18 @@ def section() -> str:
         "Heads are found by what they attend to on some inputs and tested by masking them on others: attention is not causation, the "
         "masking is the evidence. All figures are of these models and these inputs."
     )
-    parts = [smollm2(result("proof_smollm2")), gemma(result("proof_gemma")), deit(result("proof_deit"))]
+    parts = [
+        smollm2(result("proof_smollm2")),
+        _readme_real.real(
+            result("proof_real"),
+            result("proof_real_massive") if (RESULTS / "proof_real_massive.json").exists() else None,
+        ),
+        gemma(result("proof_gemma")),
+        _readme_deit.deit(result("proof_deit")),
+    ]
     if (RESULTS / "proof_vision.json").exists():
         parts.append(_readme_vision.vision(result("proof_vision")))
     return "\n\n".join([head, *parts])
-
-
-def _recorded(content: dict[str, Any]) -> str:
-    return f"{where(content)}; `{content['command']}`, recorded in `tests/benchmarks/results/{content['name']}.json`"
 
 
 def smollm2(content: dict[str, Any]) -> str:
@@ -49,7 +55,7 @@ def smollm2(content: dict[str, Any]) -> str:
         ]
         broken.append([str(k), *pair])
     lines = [
-        f"**SmolLM2-135M-Instruct** ({_recorded(content)}).",
+        f"**SmolLM2-135M-Instruct** ({recorded(content)}).",
         "",
         (f"Heads found on {found['n']} detection needles: {found['top']}; {found['share at least 0.1']:.1%} of the heads score "
         f"0.1 or more. On {first['n']} other needles (other cities, other numbers) the plain model copies "
@@ -102,7 +108,7 @@ def gemma(content: dict[str, Any]) -> str:
     )
     return "\n".join(
         [
-            f"**Gemma 3 270M** ({_recorded(content)}).",
+            f"**Gemma 3 270M** ({recorded(content)}).",
             "",
             intro,
             "",
@@ -143,34 +149,3 @@ def _what_failed(rows: dict[str, dict[str, Any]], zero: dict[str, Any], uniform:
         f"{masked['prose loss'] - plain['prose loss']:+.2f} nats per token (other sets "
         f"{masked['prose loss, other sets mean'] - plain['prose loss']:+.2f}); 4 of 72 heads, three of them in layer 5, are too many here."
     )
-
-
-def deit(content: dict[str, Any]) -> str:
-    rows = {row["what"]: row for row in content["rows"]}
-    heads = [row for row in content["rows"] if "overlap" in row and row["what"].startswith("L")]
-    last = max(int(row["what"][1:].split("H")[0]) for row in heads)
-
-    def mean(layer: int, name: str) -> float:
-        values = [row[name] for row in heads if row["what"].startswith(f"L{layer}H")]
-        return sum(values) / len(values)
-
-    strongest = min(heads, key=lambda row: row["change of log-probability"])
-    itself = max(heads, key=lambda row: row["mass on itself"])
-    ranks = rows["rank correlation with |change|"]
-    lines = [
-        f"**DeiT-tiny** ({_recorded(content)}).",
-        "",
-        (
-            f"The class token's rows on {heads[0]['n']} photographs. What a head looks at depends on the picture more and more: two "
-            f"photographs' rows overlap by {mean(0, 'overlap'):.2f} in layer 0 and {mean(last, 'overlap'):.2f} in layer {last}, while the "
-            f"patches of the same layers look {mean(0, 'distance of patches'):.1f} and "
-            f"{mean(last, 'distance of patches'):.1f} patches far. In {itself['what']} the class token keeps "
-            f"{itself['mass on itself']:.0%} of its attention for itself. Its entropy is {mean(last, 'entropy'):.2f} nats in layer {last}, "
-            f"{mean(last, 'entropy, patches shuffled'):.2f} where the patches are shuffled. Zeroing one head in the class token's row "
-            f"moves the prediction little, at most {strongest['change of log-probability']:.2f} "
-            f"(se {strongest['change of log-probability, se']:.2f}) nats ({strongest['what']}). What failed as evidence: the size of that "
-            f"change goes with low overlap (rank correlation {ranks['overlap']:.2f} over {ranks['n']} heads), but with depth alone as well "
-            f"({ranks['layer']:.2f})."
-        ),
-    ]
-    return "\n".join(lines)

@@ -21,6 +21,11 @@ def where(content: dict[str, Any]) -> str:
     return f"{machine.get('gpu') or cpu}, {torch}, transformers {versions['transformers']}"
 
 
+def recorded(content: dict[str, Any]) -> str:
+    """Machine, versions, command and file of a result."""
+    return f"{where(content)}; `{content['command']}`, recorded in `tests/benchmarks/results/{content['name']}.json`"
+
+
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
     """Lines of a Markdown table."""
     return ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows]]
