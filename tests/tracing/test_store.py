@@ -350,7 +350,7 @@ def test_an_unknown_verify_is_refused(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "error"),
     [
-        (np.array(["a", None], dtype=object), "'x' in stack 'text' must hold strings only.*got nan"),
+        (np.array(["a", None], dtype=object), "'x' in stack 'text' must hold strings only.*got (nan|None)"),
         (np.array([{"a": 1}, {}], dtype=object), "'x' in stack 'text' must hold strings only.*got {'a': 1}"),
         (np.array([b"a", b"b"]), "'x' in stack 'text' must hold numbers, bools or strings, got dtype"),
         (np.array(["2020-01-01"] * 2, "datetime64[ns]"), "must hold numbers, bools or strings"),
