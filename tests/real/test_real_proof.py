@@ -13,11 +13,13 @@ import torch
 import interp
 from interp.heads import Heads
 from probes.needle import NeedleInHaystack
+from probes.text import Passages
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from _detection import answer_ids, as_mask, detect, matched_on_layer, ranked
 from _head_sets import answers
-from proof_deit import masking, overlap, read_heads
+from proof_deit import divergence, hops, masking, mean_hop, one_by_one, overlap, read_heads, uniform_hop
+from proof_real import massive, random_twin, retrieval, sinks
 
 
 def needles(model: interp.Model, split: str, length: int, depths: tuple[float, ...], seed: int) -> list:
@@ -43,6 +45,30 @@ def test_heads_that_copy_a_needle_carry_other_needles(smollm2: Path) -> None:
     assert (change[:, 1] < -2).all()
     assert (change[:, 1] < 3 * change[:, 2:].min(1)).all()
     assert np.stack([o.exact for o in outcomes])[:, 2:].mean() > 0.9
+
+
+@pytest.mark.real("smollm2")
+def test_scores_of_smollm2_and_of_their_controls(smollm2: Path) -> None:
+    model = interp.load(smollm2, dtype=torch.float32)
+    twin = random_twin(model)
+    plain, shuffled, random = retrieval(model, twin, needles(model, "detect", 200, (0.3, 0.6), 0))
+    assert plain["largest"] > 0.5 and plain["largest, a span elsewhere"] < 0.1
+    # Of 270 heads some hit a token of so few prompts by chance, so the model's own retrieval heads are asked about.
+    mean = "mean of the model's retrieval heads"
+    assert shuffled["largest"] > 0.5 and shuffled[mean] > 0.2 and random[mean] < 0.1
+
+    passages = Passages(n=3, length=64).build(model)
+    plain, shuffled, random = sinks(model, twin, passages)
+    assert plain["sink metric, percent"] > 50 and plain["the middle key, percent"] < 5
+    assert shuffled["sink metric, percent"] > 50 and random["sink metric, percent"] == 0
+
+    # Every text is massive in dimension 507 at its first token; there |x / RMS(x)| is near its bound for every token.
+    plain, shuffled, random = massive(model, twin, passages)
+    for row in (plain, shuffled):
+        assert row["share of texts with a massive one"] == row["at the first token"] == 1
+        assert row["dimension"] == 507 and row["sink dimensions"] == [507]
+        assert 20 < row["x / RMS at the sink"] <= 24 < 5 * row["x / RMS, three quarters of tokens below"]
+    assert random["share of texts with a massive one"] == 0 and "cannot be calibrated" in random["sink dimensions"]
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +157,24 @@ def test_the_class_tokens_heads_of_deit(shared: Path) -> None:
     assert labels == ["Egyptian cat", "espresso", "tripod"]
     assert np.abs(change[:, [*early, *late]]).max(0).min() > 1e-4, "every head's output reaches the prediction"
     assert np.abs(change[:, late]).mean() > 2 * np.abs(change[:, early]).mean()
+
+
+@pytest.mark.real("deit-tiny", "images")
+def test_what_heads_of_deit_are_worth_and_how_far_their_patches_look(shared: Path) -> None:
+    model = interp.load(shared / "models" / "deit-tiny-patch16-224", dtype=torch.float32)
+    inputs = model.encode(image=[shared / "images" / name for name in PHOTOGRAPHS])
+    none, one, layer = np.zeros((3, 12, 3), bool)
+    one[0, 0] = layer[0] = True
+    nothing, alone, together = divergence(model, inputs, [none, one, layer])
+    assert (nothing == 0).all() and (alone > 1e-6).all() and (together <= 1).all()
+    assert (together > 1.5 * alone).all()
+
+    mass = hops(model, one_by_one(inputs))
+    assert mass.shape == (3, 12, 3, 14) and (mass >= 0).all() and (mass.sum(-1) <= 1 + 1e-5).all()
+    # On a 14 x 14 grid the even head's mean Chebyshev distance is that of two draws.
+    cells = np.stack(np.meshgrid(np.arange(14), np.arange(14)), -1).reshape(-1, 2)
+    even = np.abs(cells[:, None] - cells[None]).max(-1).mean()
+    assert uniform_hop(model) == pytest.approx(even)
+    found = mean_hop(mass).mean(0)
+    # Early heads look near, those of the last layer as far as one that looks at all patches alike.
+    assert found.min() < even / 4 and np.abs(found[-1] / even - 1).max() < 0.1
