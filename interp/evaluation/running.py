@@ -100,7 +100,7 @@ def evaluate(
         settings: any number; two that do the same are one.
         folder: of the answers, so that a killed run goes on and nothing is done twice. None keeps nothing.
         batch: samples in one call, padded on the left.
-        refuse: raise where a method cannot act on this model or its inputs; else its row says why.
+        refuse: raise where a method cannot act on this model or its inputs; else its row says why (the plain model always raises).
         how: of the bootstrap.
         progress: called with a setting's name, samples done and all.
 
@@ -143,7 +143,8 @@ def evaluate(
         try:
             _run(model, task, setting, made[setting.key], samples[:1], {}, trial=True)
         except (ValueError, NotImplementedError) as error:
-            _refuse(setting, error, problems, refuse)
+            # Without the plain model there is nothing to compare with.
+            _refuse(setting, error, problems, refuse or setting is chosen[0])
     going = [s for s in going if s.key not in problems]
     for start in range(0, len(samples), batch):
         part, shared = samples[start : start + batch], dict[tuple[str, ...], dict[Any, Any]]()

@@ -25,12 +25,13 @@ from typing import Any
 import torch
 from _record import record
 from _results import table
+from proof_surface import cells_of, points
 
 import interp
-from interp.evaluation import Evaluation, MarginTask, Row, Setting, evaluate, parse_setting, random_control
+from interp.evaluation import Evaluation, Row, Setting, evaluate, parse_setting, random_control
 from interp.evaluation.captions import scene_captions
 from interp.evaluation.correction import Tested, by_unit, max_t
-from interp.evaluation.forced import mention_point, scene_margins
+from interp.evaluation.forced import scene_margins
 from interp.evaluation.pope import scene_pope
 from interp.evaluation.tasks import Statistics
 from interp.files import write_whole
@@ -53,7 +54,6 @@ DOSES = (4, 1, 2, 8)
 """Heads masked at once, those first whose masking lowers the margin on dev most; the first is the default."""
 CONTROLS = 3
 RECALL_LOSS = 0.03
-CLARITIES = (1.0, 0.7, 0.4)
 CHOSEN = "chosen.json"
 say = partial(print, flush=True)
 
@@ -117,30 +117,8 @@ def tests_of(results: dict[str, Evaluation]) -> dict[tuple[str, str], Tested]:
 
 def surface(model: Any, settings: Sequence[Setting], n: int, batch: int, how: Statistics) -> list[dict[str, Any]]:
     """The margin by prior of the absent companion and clarity of the air: how each setting moves it."""
-    from probes.scenes import PAIRS, World
-
-    world = World("test")
-    items, cells = [], []
-    for pair in PAIRS:
-        for level in CLARITIES:
-            for k in range(n):
-                item = mention_point(world.with_pair(pair, k, partner=False, clarity=level))
-                if item is not None:
-                    items.append(item)
-                    cells.append((pair.prior, level))
-    result = run(model, MarginTask(items, batch, {"data": "scenes", "split": "pairs"}), settings, batch, how)
-    plain = [r["margin"] for _, r in result.found[result.rows[0].setting.key]]
-    rows: list[dict[str, Any]] = []
-    for cell in sorted(set(cells)):
-        mine = [k for k, c in enumerate(cells) if c == cell]
-        row: dict[str, Any] = {"what": "surface", "prior": cell[0], "clarity": cell[1], "n": len(mine)}
-        row["greedy margin"] = sum(plain[k] for k in mine) / len(mine)
-        for one in result.rows[1:]:
-            if not one.problem:
-                found = result.found[one.setting.key]
-                row[one.setting.name] = sum(found[k][1]["margin"] - plain[k] for k in mine) / len(mine)
-        rows.append(row)
-    return rows
+    task, cells = points(n, batch)
+    return cells_of(run(model, task, settings, batch, how), cells)
 
 
 def confirmed(
@@ -164,6 +142,8 @@ def confirmed(
                 continue
             row |= {"n": one.n, "heads": one.heads, **_figures("margin", one, ("margin", "prefers_absent"))}
             row |= _figures("chair", caption, ("chair_s", "chair_i", "recall", "words", "repetition"))
+            if name == "greedy":
+                row["frontier"] = caption.more["frontier"]
             row |= {"tokens per second": caption.tokens_per_second, "extra passes": caption.extra_passes}
             for label, tests in (("margin", primary), ("chair_s", secondary)):
                 if (split, name) in tests:

@@ -1,7 +1,7 @@
 """How does each method shift hallucination, over visual evidence and strength of the prior? On the bundled LLaVA.
 
     python tests/benchmarks/proof_surface.py --n 15            # measures and draws; a GPU: a minute
-    python tests/benchmarks/proof_surface.py --draw            # draws what is recorded: docs/assets/surface_methods.png
+    python tests/benchmarks/proof_surface.py --draw            # draws what is recorded: docs/assets/surface_methods.png, chair_frontier.png
 
 The scenes are made for it: the trigger of a pair is there, its typical companion is not. The pair's prior is how strongly the
 world joins the two; the clarity of the air is how well anything is seen. In every cell the teacher-forced margin of
@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import _frontier
 import torch
 from _record import record
-from _results import result, where
+from _results import RESULTS, result, where
 
 import interp
 from interp.evaluation import Evaluation, MarginTask, Setting, evaluate, parse_setting
@@ -28,7 +29,8 @@ from interp.evaluation.forced import mention_point
 from interp.evaluation.tasks import Statistics
 
 CLARITIES = (1.0, 0.7, 0.4)
-PICTURE = Path(__file__).resolve().parents[2] / "docs" / "assets" / "surface_methods.png"
+PICTURES = Path(__file__).resolve().parents[2] / "docs" / "assets"
+FIXED = ("what", "prior", "clarity", "n")
 SPAN = 1.0
 """Change, in nats, at which the colours end."""
 Cell = tuple[float, float]
@@ -112,9 +114,9 @@ def picture(rows: Sequence[dict[str, Any]], titles: dict[str, str], source: str,
     levels = sorted({row["clarity"] for row in rows}, reverse=True)
     at = {(row["prior"], row["clarity"]): row for row in rows}
     shown = ["greedy margin", *(name for name in titles if name in rows[0])]
-    columns = 4
+    columns = 5
     lines = -(-len(shown) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(11.5, 3.1 * lines + 0.9), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(lines, columns, figsize=(13, 3.3 * lines + 0.9), squeeze=False, layout="constrained")
     bars: dict[str, Any] = {}
     for k, name in enumerate(shown):
         axis = axes[k // columns][k % columns]
@@ -129,13 +131,14 @@ def picture(rows: Sequence[dict[str, Any]], titles: dict[str, str], source: str,
             for j, c in enumerate(levels):
                 row = at[p, c]
                 value, low, high = row[name]
-                sure = low is not None and not low <= 0 <= high
+                sure = low is None or not low <= 0 <= high
+                bold = low is not None and sure and not own
                 star = "*" if (row.get(f"{name} p max-T") or 1) < 0.05 else ""
                 dark = abs(value) > 0.62 * span
                 text = f"{value:+.2f}{star}" + (f"\nn={row['n']}" if own else "")
                 axis.text(
-                    j, i, text, ha="center", va="center", fontsize=7.5 if own else 8.5, linespacing=0.95,
-                    color="white" if dark else "black" if sure else "#666666", weight="bold" if sure and not own else "normal",
+                    j, i, text, ha="center", va="center", fontsize=7 if own else 8.5, linespacing=0.95,
+                    color="white" if dark else "black" if sure or own else "#666666", weight="bold" if bold else "normal",
                 )  # fmt: skip
         axis.set_title("greedy: the margin itself" if own else _short(titles[name]), fontsize=10)
         axis.set_xticks(range(len(levels)), [f"{c:g}" for c in levels])
@@ -154,10 +157,16 @@ def picture(rows: Sequence[dict[str, Any]], titles: dict[str, str], source: str,
         extend="both",
         label="change of the margin, nats (blue: less hallucination)",
     )
+    bounded = rows[0]["greedy margin"][1] is not None
+    marks = (
+        "Bold: the 95 % bootstrap interval by scene leaves 0 out; *: p < 0.05 by max-T over all cells and methods."
+        if bounded
+        else "Means; this run recorded no intervals by cell."
+    )
     figure.suptitle(
-        "Change of log p(absent companion) - log p(present object), method minus greedy on the same scenes\n"
-        f"bold: 95 % bootstrap interval by scene leaves 0 out; *: p < 0.05 by max-T over all cells and methods. {source}",
-        fontsize=9.5,
+        "Change of log p(absent companion) - log p(present object), nats: method minus greedy on the same n scenes\n"
+        f"{marks} {source}",
+        fontsize=10.5,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80, metadata={"Software": None})
@@ -168,9 +177,26 @@ def _short(title: str) -> str:
     return title.replace("dims=[44,247,201]", "named sinks") if len(title) > 24 else title
 
 
-def draw(path: Path = PICTURE) -> None:
-    content = result("proof_surface")
-    picture(content["rows"], tuned(result("proof_scenes")["rows"]), where(content), path)
+def recorded() -> dict[str, Any]:
+    """The surface with intervals where it was measured; else the means that :mod:`proof_scenes` recorded before there were any."""
+    scenes = result("proof_scenes")
+    if (RESULTS / "proof_surface.json").exists():
+        return result("proof_surface")
+    rows = [r for r in scenes["rows"] if r["what"] == "surface"]
+    return {**scenes, "rows": [{k: v if k in FIXED else _bare(v) for k, v in r.items()} for r in rows]}
+
+
+def _bare(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value, None, None]
+
+
+def draw(folder: Path = PICTURES) -> None:
+    """Both pictures of the recorded results."""
+    scenes, content = result("proof_scenes"), recorded()
+    picture(content["rows"], tuned(scenes["rows"]), where(content), folder / "surface_methods.png")
+    n = next(r["n"] for r in scenes["rows"] if r["what"] == "confirmed" and "n" in r)
+    title = f"Captions of {n} scenes a split, default and tuned strength joined, 95 % bootstrap intervals by image. {where(scenes)}"
+    _frontier.picture(scenes["rows"], title, folder / "chair_frontier.png")
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import fill_readme
 README = (fill_readme.ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("section", ["proof", "benchmarks", "kernels", "models", "planted"])
+@pytest.mark.parametrize("section", ["proof", "benchmarks", "kernels", "models", "planted", "scenes"])
 def test_the_section_is_what_the_results_give(section: str) -> None:
     again = fill_readme.filled(README, [section])
     assert again == README, f"run python tests/benchmarks/fill_readme.py {section}"
