@@ -53,11 +53,28 @@ def absent(extra: str | None) -> list[str]:
     return sorted(name for name, some in known.items() if not some & kept and name.isidentifier() and name not in ours)
 
 
+WITHOUT = """
+import json, sys
+class Without:
+    # Not None in sys.modules: some ask there whether a package is loaded.
+    def __init__(self, names, finders):
+        self.names, self.finders = names, finders
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.names:
+            return None
+        return next((s for s in (f.find_spec(name, path, target) for f in self.finders) if s is not None), None)
+    def find_distributions(self, *context):
+        for finder in self.finders:
+            yield from getattr(finder, "find_distributions", lambda *_: ())(*context)
+    def invalidate_caches(self):
+        pass
+sys.meta_path[:] = [Without(set(NAMES), list(sys.meta_path))]
+"""
+
+
 def alone(extra: str | None, code: str, folder: Path) -> object:
     """What ``code`` gives as ``told``, where nothing but the core and the extra can be imported."""
-    program = (
-        f"import json, sys\nfor name in {absent(extra)!r}: sys.modules[name] = None\n{code}\nprint(json.dumps(told))"
-    )
+    program = f"NAMES = {absent(extra)!r}\n{WITHOUT}\n{code}\nprint(json.dumps(told))"
     environment = {**os.environ, "HEADSCOPE_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
