@@ -71,8 +71,10 @@ def methods(layers: int) -> dict[str, list[interp.Intervention] | None]:
     }
 
 
-def medians(functions: dict[str, Callable[[], object]], rounds: int) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Wall time until the GPU is done: medians, and of every round the ratio plain / this."""
+def medians(
+    functions: dict[str, Callable[[], object]], rounds: int
+) -> tuple[dict[str, float], dict[str, list[float]], dict[str, list[float]]]:
+    """Wall time until the GPU is done: medians, of every round the ratio plain / this, and the time."""
     found: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()
@@ -84,12 +86,13 @@ def medians(functions: dict[str, Callable[[], object]], rounds: int) -> tuple[di
             torch.cuda.synchronize()
             found[name].append(perf_counter() - start)
     ratios = {name: [p / s for p, s in zip(found["plain"], values, strict=True)] for name, values in found.items()}
-    return {name: statistics.median(values) for name, values in found.items()}, ratios
+    return {name: statistics.median(values) for name, values in found.items()}, ratios, found
 
 
-def measure(model: Any, layers: int, steps: int, rounds: int, device: str) -> list[Row]:
+def measure(
+    model: Any, chosen: dict[str, list[interp.Intervention] | None], steps: int, rounds: int, device: str
+) -> list[Row]:
     inputs = prompt(device)
-    chosen = methods(layers)
     tokens: dict[str, Tensor] = {}
 
     def generate(name: str, n: int) -> Callable[[], object]:
@@ -109,13 +112,19 @@ def measure(model: Any, layers: int, steps: int, rounds: int, device: str) -> li
         ids = inputs["input_ids"][inputs["input_ids"] != IMAGE][None]
         return model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
 
-    first, _ = medians({**{name: generate(name, 1) for name in chosen}, "text only, plain": text_only}, rounds)
-    whole, ratios = medians({name: generate(name, steps) for name in chosen}, rounds)
+    first, _, _ = medians({**{name: generate(name, 1) for name in chosen}, "text only, plain": text_only}, rounds)
+    whole, ratios, times = medians({name: generate(name, steps) for name in chosen}, rounds)
+    # The host's speed drifts: ratios are taken within a round.
+    after = {name: [s - first[name] for s in values] for name, values in times.items()}
+    decode = {
+        name: statistics.median(p / s for p, s in zip(after["plain"], values, strict=True))
+        for name, values in after.items()
+    }
     rows: list[Row] = [
         {
             "how": name, "tokens/s": round(steps / whole[name], 2), "x plain": round(statistics.median(ratios[name]), 3),
             "lowest": round(min(ratios[name]), 3), "highest": round(max(ratios[name]), 3), "prefill ms": round(first[name] * 1e3, 1),
-            "decode ms a token": round((whole[name] - first[name]) / (steps - 1) * 1e3, 2),
+            "decode ms a token": round((whole[name] - first[name]) / (steps - 1) * 1e3, 2), "x plain, decode": round(decode[name], 3),
             "tokens unlike plain": int((tokens[name] != tokens["plain"]).sum()),
         }
         for name in chosen
@@ -127,15 +136,21 @@ def measure(model: Any, layers: int, steps: int, rounds: int, device: str) -> li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=64, help="tokens generated")
+    parser.add_argument("--steps", type=int, default=96, help="tokens generated")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these methods beside the plain model")
     options = parser.parse_args()
+    known = methods(options.layers)
+    unknown = [name for name in options.only or () if name not in known]
+    if unknown:
+        parser.error(f"--only must name some of {list(known)}, got {unknown}")
+    chosen = {name: known[name] for name in known if options.only is None or name in ("plain", *options.only)}
     if not torch.cuda.is_available():
         print("-- no CUDA GPU here: nothing to measure")
         return
     model = build(options.layers, "cuda")
     with torch.no_grad():
-        rows = measure(model, options.layers, options.steps, options.rounds, "cuda")
+        rows = measure(model, chosen, options.steps, options.rounds, "cuda")
     record(
         "generation_lvlm", rows,
         note=f"LLaVA-1.5-7B's shape, {options.layers} layers, random bf16 weights, {N_TEXT} text and {N_IMAGE} image tokens, "

@@ -20,6 +20,8 @@ from _record import record
 
 import interp
 from interp.attention import Edit, Redistribute
+from interp.interventions.image_groups import KeyGroups
+from interp.tracing.calls import Lasting
 
 Row = dict[str, Any]
 
@@ -42,6 +44,11 @@ def build(layers: int) -> Any:
 
 def seconds(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Medians of wall time until the GPU is done, every function once a round."""
+    return {name: statistics.median(values) for name, values in rounds_of(functions, rounds).items()}
+
+
+def rounds_of(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Wall time until the GPU is done, of each function in each round."""
     found: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()
@@ -52,7 +59,7 @@ def seconds(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str
             function()
             torch.cuda.synchronize()
             found[name].append(perf_counter() - start)
-    return {name: statistics.median(values) for name, values in found.items()}
+    return found
 
 
 def prefill(model: Any) -> list[Row]:
@@ -98,17 +105,17 @@ class Move(interp.Intervention):
     """VAR's redistribution with fixed groups: what the kernels cost, without a method's own choices."""
 
     def __init__(self, n_image: int) -> None:
-        self.n_image, self.edits = n_image, {}
+        codes = torch.ones(1, 35 + n_image, dtype=torch.int8)
+        codes[:, :10], codes[:, 35:] = 0, 2
+        self.groups = KeyGroups(codes, beyond=1)
+        move = Redistribute((0,), (2,), 0.6, (0, 2), (2,), summ=0.2, rho=0.5)
+        self.template = Edit((move,), n_groups=3)
 
     def before(self, call: Any) -> Edit | None:
-        n_keys = call.k.shape[2]
-        if n_keys not in self.edits:
-            groups = torch.ones(1, n_keys, dtype=torch.int8, device=call.k.device)
-            groups[:, :10] = 0
-            groups[:, 35 : 35 + self.n_image] = 2
-            move = Redistribute((0,), (2,), 0.6, (0, 2), (2,), summ=0.2, rho=0.5)
-            self.edits = {n_keys: Edit((move,), groups, n_groups=3)}
-        return self.edits[n_keys]
+        return self.groups.edit(call, self.template)
+
+    def lasting(self, call: Any) -> Lasting | None:
+        return Lasting(template=self.template, groups=self.groups)
 
 
 STEPS = 64
@@ -140,8 +147,16 @@ def generators(model: Any, **more: Any) -> dict[str, Callable[[], object]]:
 
 
 def generation(model: Any) -> list[Row]:
-    times = seconds(generators(model), 5)
-    return [speed(f"generation of {STEPS} after 640", name, s, times["plain"]) for name, s in times.items()]
+    functions = generators(model)
+    each = rounds_of(functions, 9)
+    rows: list[Row] = []
+    for name, values in each.items():
+        # The host's speed drifts: ratios are taken within a round.
+        ratios = [plain / s for plain, s in zip(each["plain"], values, strict=True)]
+        row = speed(f"generation of {STEPS} after 640", name, statistics.median(values), 1.0)
+        row["x plain"] = round(statistics.median(ratios), 3)
+        rows.append({**row, "lowest": round(min(ratios), 3), "highest": round(max(ratios), 3)})
+    return rows
 
 
 def speed(what: str, how: str, s: float, plain: float) -> Row:
