@@ -201,3 +201,16 @@ def _soak(content: dict[str, Any]) -> str:
         f"{first['rss mib collected']:.0f} before the first round), Python objects go from {objects[0]} to **{objects[-1]}**, tensors from "
         f"{settled[0]['tensors']} to {last['tensors']}; no hook is left ([figure](tests/benchmarks/results/soak.png)). {content['note']}."
     )
+
+
+@shows("scenes_cpu")
+def _scenes_cpu(content: dict[str, Any]) -> str:
+    branched = ("VCD", "PAI(.2,1.1)")
+    rows = {row["how"]: row for row in content["rows"] if row["how"] != "plain"}
+    own = {how: row for how, row in rows.items() if how not in branched}
+    over = [how for how, row in own.items() if row["x plain"] > 1.5]
+    told = "; ".join(f"`{how}` **{row['x plain']:.2f}**" for how, row in rows.items())
+    return (
+        f"Time of the bundled LVLM's generation on a CPU under a method, in times of the plain model's (promised: at most 1.5, methods "
+        f"with a second branch excepted: **{len(own) - len(over)} of {len(own)} meet it**): {told}. {content['note']}."
+    )
