@@ -63,7 +63,7 @@ def _of_csv(file: Any) -> xr.Dataset:
         frame = pd.read_csv(file)
     except (ValueError, pd.errors.ParserError) as error:
         raise ScoreFileError(f"{file} is no table of a score: {error}") from None
-    if not {"score", "stack"} <= set(frame.columns) or frame["score"].nunique() != 1:
+    if not {"score", "stack"} <= set(frame.columns) or len(set(frame["score"])) != 1:
         raise ScoreFileError(
             f"{file} must be a table of one score with the columns score and stack, got {list(frame.columns)}"
         )

@@ -100,16 +100,16 @@ def attend(
         )  # fmt: skip
     family = edit.family if isinstance(edit, Edit) else None
     groups = None if family is None else edit.groups
-    key = (
-        id(mask), id(edit if family is None else family), id(readout), scale, softcap, backend, want_output, torch.is_grad_enabled(),
-        kinds.shape_of(q), kinds.shape_of(k), kinds.shape_of(v), kinds.shape_of(sinks), kinds.shape_of(bias),
-        kinds.shape_of(lse), kinds.shape_of(groups),
+    rest = (
+        id(mask), id(readout), scale, softcap, backend, want_output, torch.is_grad_enabled(), kinds.shape_of(q), kinds.shape_of(k),
+        kinds.shape_of(v), kinds.shape_of(sinks), kinds.shape_of(bias), kinds.shape_of(lse),
     ) if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor) else ()  # fmt: skip
+    key = of_family = (id(edit if family is None else family), kinds.shape_of(groups), *rest)
     kind = kinds.known(key)
     if kind is not None and (short := kind.short) is not None:
         return Attended(short(q, k, v, sinks, bias, groups), Readings(backend=kind.backend_name))
     growing = None
-    if kind is None and key and bias is None and lse is None and not torch.is_grad_enabled():
+    if kind is None and rest and bias is None and lse is None and not torch.is_grad_enabled():
         others = (id(readout), scale, softcap, backend, want_output, kinds.shape_of(sinks))
         growing = kinds.growing(mask, edit, q, k, v, *others)
         last = None if growing is None else kinds.known(growing)
@@ -118,7 +118,9 @@ def attend(
             kinds.remember(key, grown)
             return Attended(grown.short(q, k, v, sinks, bias, groups), Readings(backend=grown.backend_name))
     if family is not None:
-        kind = None  # what a kind without a short way keeps may be about the groups of another of the family
+        # What a kind without a short way keeps is about its own groups.
+        key = (id(edit), *rest)
+        kind = kinds.known(key)
     call = Call(
         q=q,
         k=k,
@@ -138,13 +140,13 @@ def attend(
     if kind is None:
         call, kind = _first_of_kind(call, backend, (mask, edit, readout))
         # A table made by other tensors that want a gradient would be held with all of its history.
-        if family is None and not any(tensor.grad_fn is not None for tensor, _ in kind.versions):
+        if not any(tensor.grad_fn is not None for tensor, _ in kind.versions):
             kinds.remember(key, kind)
     output, readings = kind.backend.run(call)
     readings.backend = kind.backend_name
     if kind.short is not None:
         if family is not None:
-            kinds.remember(key, kind)
+            kinds.remember(of_family, kind)
         if growing is not None:
             kinds.remember(growing, kind)
     return Attended(output, readings)

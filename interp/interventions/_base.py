@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from interp.attention import Gain
 from interp.heads import Heads
 from interp.interventions.selection import (
     heads_at,
@@ -20,7 +21,7 @@ from interp.interventions.selection import (
 )
 from interp.models.anatomy import Anatomy, Site, anatomy
 from interp.models.model import unwrap
-from interp.tracing.calls import Intervention, RunState, SiteCall
+from interp.tracing.calls import NOTHING_LASTS, Intervention, Lasting, RunState, SiteCall
 
 T = TypeVar("T")
 Scope = Literal["all", "prefill", "decode", "next"]
@@ -116,6 +117,16 @@ class HeadPolicy(Intervention):
             if inside
             else None
         )
+
+    def unvarying(self, call: SiteCall) -> Lasting | None:
+        """``lasting`` of a policy whose ``before`` has one edit for all rows still to come."""
+        if self.rows is not None or self.scope == "next":
+            return None
+        edit = self.before(call)
+        if edit is None:
+            return NOTHING_LASTS
+        gains = edit.of(Gain)
+        return Lasting(tuple(gains)) if len(gains) == len(edit.operations) else Lasting(template=edit)
 
     def rows_inside(self, call: SiteCall) -> list[int] | None:
         """Those of ``rows`` that the call has, counted from its first row; None where rows are not named."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from interp.attention import Boost, Edit
 from interp.interventions.image_groups import KeyGroups, Prompt, answering_rows, prompt_rows
 from interp.interventions.text_only import Guidance, TextBranch
-from interp.tracing.calls import Intervention, RunState, SiteCall
+from interp.tracing.calls import NOTHING_LASTS, Intervention, Lasting, RunState, SiteCall
 
 
 def check_boost(gamma: Any, cutoff: Any, rows: Any) -> None:
@@ -52,6 +52,15 @@ def boost_edit(who: Intervention, call: SiteCall, rows: str, first_token: bool) 
         state["template"] = made
     template: Edit | None = made[1]
     return None if template is None else groups.edit(call, template)
+
+
+def boost_lasting(who: Intervention, call: SiteCall) -> Lasting | None:
+    """What :func:`boost_edit` says of all rows still to come."""
+    state: dict[str, Any] = call.run.of(who)
+    made: tuple[Any, Edit | None, bool] | None = state.get("template")
+    if made is None or not made[2] or made[0][1] != call.q.device:
+        return None
+    return NOTHING_LASTS if made[1] is None else Lasting(template=made[1], groups=state["groups"])
 
 
 def _template(

@@ -18,7 +18,7 @@ from interp.interventions.prompt_groups import check_group, key_prompt, members
 from interp.interventions.selection import heads_at, read_heads, resolve_heads
 from interp.models.anatomy import Anatomy, Site, anatomy
 from interp.models.model import unwrap
-from interp.tracing.calls import Intervention, InterventionError, RunState, SiteCall
+from interp.tracing.calls import NOTHING_LASTS, Intervention, InterventionError, Lasting, RunState, SiteCall
 from interp.tracing.session import hooked
 
 Group = str | Sequence[int] | Tensor
@@ -132,6 +132,12 @@ class Knockout(Intervention):
             state["templates"][key] = self._template(call, rows, heads)
         template = state["templates"][key]
         return None if template is None else state["groups"].edit(call, template)
+
+    def lasting(self, call: SiteCall) -> Lasting | None:
+        edit = self.before(call)
+        if call.mask.q_offset < call.run.of(self)["prompt"].kind.shape[1]:
+            return None
+        return NOTHING_LASTS if edit is None else Lasting(template=edit.family, groups=call.run.of(self)["groups"])
 
     def _template(self, call: SiteCall, rows: Tensor | None, heads: tuple[int, ...] | None) -> Edit | None:
         where = None if rows is None else rows[:, None]

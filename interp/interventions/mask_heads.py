@@ -17,7 +17,7 @@ from interp.interventions.head_means import HeadMeans
 from interp.interventions.norm_scales import NormScales
 from interp.interventions.selection import first_key, positions_in_sample
 from interp.models.anatomy import Anatomy
-from interp.tracing.calls import NOTHING_LASTS, Lasting, RunState, SiteCall
+from interp.tracing.calls import Lasting, RunState, SiteCall
 
 KINDS = ("zero", "mean", "resample", "uniform", "first_token")
 REFERENCES: dict[str, tuple[type, str]] = {
@@ -134,10 +134,7 @@ class MaskHeads(HeadPolicy):
         return self.kept(call, size, lambda: _first_token(call, where), of=(where, call.mask), lasting=False)
 
     def lasting(self, call: SiteCall) -> Lasting | None:
-        if self.kind != "zero" or self.rows is not None or self.scope == "next":
-            return None
-        edit = self.before(call)
-        return NOTHING_LASTS if edit is None else Lasting(tuple(edit.of(Gain)))
+        return self.unvarying(call) if self.kind in ("zero", "uniform") else None
 
     def after(self, call: SiteCall, z: Tensor) -> Tensor | None:
         where = self.where(call) if self.kind in REFERENCES else None

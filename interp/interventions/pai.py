@@ -12,13 +12,13 @@ from torch import Tensor
 
 from interp.attention import Boost, Edit
 from interp.interventions._base import Strength
-from interp.interventions.image_boost import boost_edit, check_boost, guidance
+from interp.interventions.image_boost import boost_edit, boost_lasting, check_boost, guidance
 from interp.interventions.image_groups import KeyGroups, reads_text, require_images, require_vision
 from interp.interventions.layers import read_layers, resolve_layers, skipping
 from interp.interventions.text_only import guided
 from interp.models.anatomy import Anatomy, Site, anatomy
 from interp.models.model import unwrap
-from interp.tracing.calls import Intervention, InterventionError, RunState, SiteCall
+from interp.tracing.calls import Intervention, InterventionError, Lasting, RunState, SiteCall
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +102,9 @@ class PAI(Intervention):
 
     def before(self, call: SiteCall) -> Edit | None:
         return boost_edit(self, call, self.rows, self.first_token) if self.acts_on(call.site, call.run) else None
+
+    def lasting(self, call: SiteCall) -> Lasting | None:
+        return boost_lasting(self, call)
 
     def _layers(self, anatomy: Anatomy) -> tuple[int, ...]:
         return skipping(2, 0, anatomy) if self.layers is None else resolve_layers(self.layers, anatomy)

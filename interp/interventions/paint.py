@@ -12,14 +12,14 @@ from torch import Tensor
 
 from interp.attention import Boost, Edit
 from interp.interventions._base import Strength
-from interp.interventions.image_boost import as_codes, boost_edit, check_boost, guidance
+from interp.interventions.image_boost import as_codes, boost_edit, boost_lasting, check_boost, guidance
 from interp.interventions.image_groups import KeyGroups, Prompt, reads_text, require_images, require_vision
 from interp.interventions.layers import read_layers, resolve_layers, skipping
 from interp.interventions.text_only import guided
 from interp.interventions.tower_scores import TowerScores, require_class_token
 from interp.models.anatomy import Anatomy, Site, anatomy
 from interp.models.model import unwrap
-from interp.tracing.calls import Intervention, InterventionError, RunState, SiteCall
+from interp.tracing.calls import Intervention, InterventionError, Lasting, RunState, SiteCall
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +144,9 @@ class PAINT(Intervention):
             state["codes"] = self._codes(call.run, state["prompt"], state["codes"], state["scores"])
             state["groups"] = KeyGroups(state["codes"])
         return boost_edit(self, call, self.rows, self.first_token)
+
+    def lasting(self, call: SiteCall) -> Lasting | None:
+        return None if call.site.stack == "vision" else boost_lasting(self, call)
 
     def _codes(self, run: RunState, prompt: Prompt, known: Tensor, scores: TowerScores) -> Tensor:
         """Key groups int8 ``[S, P]``: 0 other, 1 local, 2 summary."""

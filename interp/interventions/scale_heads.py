@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from interp.attention import Edit, Gain
 from interp.interventions._base import HeadPolicy, HeadValues, Strength, every_head
 from interp.models.anatomy import Anatomy, Site
-from interp.tracing.calls import NOTHING_LASTS, Lasting, RunState, SiteCall
+from interp.tracing.calls import Lasting, RunState, SiteCall
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +61,7 @@ class ScaleHeads(HeadPolicy):
         return not self.values.is_neutral and super().acts_on(site, run)
 
     def lasting(self, call: SiteCall) -> Lasting | None:
-        if self.rows is not None or self.scope == "next" or self.values.by_position or self.values.differentiable:
-            return None
-        edit = self.before(call)
-        return NOTHING_LASTS if edit is None else Lasting(tuple(edit.of(Gain)))
+        return None if self.values.by_position or self.values.differentiable else self.unvarying(call)
 
     def before(self, call: SiteCall) -> Edit | None:
         where = None if self.values.is_neutral else self.where(call)

@@ -9,14 +9,14 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from interp.attention import Edit
+from interp.attention import Edit, SinkWindow
 from interp.duo_files import check_gates, read_gates, streaming
 from interp.heads import Head, HeadError, Heads, as_heads
 from interp.interventions._base import SCOPES, HeadPolicy, Strength, every_head
 from interp.interventions.patterns import Pattern, SinkRecent
 from interp.interventions.selection import first_key, in_decoder, read_heads, resolve_heads
 from interp.models.anatomy import Anatomy
-from interp.tracing.calls import SiteCall
+from interp.tracing.calls import Lasting, SiteCall
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,3 +230,11 @@ class Streaming(HeadPolicy):
         seen = self._seen
         key = seen.key(call)
         return self.kept(call, key, lambda: Edit((seen.operation(call, where),)), of=(where,))
+
+    def lasting(self, call: SiteCall) -> Lasting | None:
+        said = self.unvarying(call)
+        # Tables of blocks and of coordinates are as long as the sequence.
+        moving = said is None or (
+            said.template is not None and len(said.template.of(SinkWindow)) < len(said.template.operations)
+        )
+        return None if moving else said

@@ -13,7 +13,7 @@ from interp.attention import Temperature as Divide
 from interp.interventions._base import HeadPolicy, HeadValues, Strength, every_head
 from interp.interventions.selection import positions_in_sample
 from interp.models.anatomy import Anatomy, Site
-from interp.tracing.calls import RunState, SiteCall
+from interp.tracing.calls import Lasting, RunState, SiteCall
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +87,11 @@ class Temperature(HeadPolicy):
         place = (call.mask.q_offset, call.q.shape[2]) if varies else ()
         key = (value.key(call, heads), beta.key(call, heads), place)
         return self.kept(call, key, lambda: Edit((Divide(self._at(call), where),)), of=(where,), lasting=not varies)
+
+    def lasting(self, call: SiteCall) -> Lasting | None:
+        value, beta = self.tables
+        varies = value.by_position or not beta.is_neutral or value.differentiable or beta.differentiable
+        return None if varies else self.unvarying(call)
 
     def _at(self, call: SiteCall) -> Tensor:
         """``T [B|1, H, Lq|1]``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -99,7 +100,7 @@ class TopKMask(HeadPolicy):
             return None
         mine = self.mine(call)
         # One readout for all layers that are asked the same: the op prepares for each once.
-        key = ("readouts", tuple(mine), tuple(call.q.shape[:3]), n_keys, call.q.device)
+        key = ("readouts", mine, tuple(call.q.shape[:3]), n_keys, call.q.device)
         readouts = self.kept(call, key, lambda: _readouts(call, mine), lasting=False)
         found = top_keys(call, min(self.k + 1, n_keys), readouts)
         shape = (*call.q.shape[:3],)
@@ -112,7 +113,7 @@ class TopKMask(HeadPolicy):
         keys[:, mine] = torch.where(self._dropped(call, mine, found), top, -1)
         return Edit((DropKeys(keys, where),))
 
-    def _dropped(self, call: SiteCall, mine: list[int], found: TopKeys) -> Tensor:
+    def _dropped(self, call: SiteCall, mine: Sequence[int], found: TopKeys) -> Tensor:
         """Which of the k top keys to hide, bool ``[B, n, Lq, k]``."""
         # One key more than the top ones was looked for: where there is none, a top key must stay.
         most = ((found.weights > 0).sum(-1, keepdim=True) - 1).clamp_min(0)
@@ -168,7 +169,7 @@ def _rows(readout: Readout) -> Tensor:
     return readout.rows
 
 
-def _readouts(call: SiteCall, heads: list[int]) -> list[tuple[int, Readout]]:
+def _readouts(call: SiteCall, heads: Sequence[int]) -> list[tuple[int, Readout]]:
     """Readouts of whole rows, block by block."""
     batch, n_heads, n_queries, _ = call.q.shape
     device = call.q.device
@@ -189,7 +190,7 @@ def _between(found: TopKeys, k: int) -> Tensor:
     return torch.where(kth > 0, lowest - margin, -torch.inf)
 
 
-def uniform_draws(seed: int, layer: int, heads: list[int], positions: Tensor, count: int) -> Tensor:
+def uniform_draws(seed: int, layer: int, heads: Sequence[int], positions: Tensor, count: int) -> Tensor:
     """Draws in [0, 1), ``[B|1, n, L, count]``, that depend on seed, layer, head, position and place alone (a hash of them)."""
     device = positions.device
     place = torch.arange(count, device=device)

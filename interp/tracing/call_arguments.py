@@ -56,7 +56,8 @@ def site_call(
     sinks: Tensor | None = options.get("s_aux")
     if sinks is None:
         # Not by getattr: a module that lacks a name takes its time to say so, at every call.
-        sinks = module._parameters.get("sinks")
+        parameters: Mapping[str, Tensor | None] = vars(module)["_parameters"]
+        sinks = parameters.get("sinks")
     if options.get("softcap") is not None and entry_implementation(getattr(module, "config", None)) == "sdpa":
         warnings.warn(
             f"{site.name} has a softcap of {options['softcap']}, which SDPA drops without a word in this transformers: the model "

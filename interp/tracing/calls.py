@@ -32,7 +32,7 @@ class Lasting:
 
     Attributes:
         gains: on z, in order.
-        template: an edit, with the key groups that ``groups`` gives for the length reached; None for gains alone.
+        template: an edit, as it is or with the key groups that ``groups`` gives for the length reached; None for gains alone.
     """
 
     gains: tuple[Gain, ...] = ()

@@ -40,12 +40,14 @@ class Settled:
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]
     ) -> tuple[Tensor, Any, str]:
         """z ``[B, 1, H, Dv]``, the second result of the model's function, and how it was made (see ``Session.report``)."""
-        if self.template is None or self.groups is None:
+        if self.template is None:
             z, second = dispatch.call_original(module, query, key, value, mask, **options)
             how = "gain" if self.gains else "untouched"
         else:
             seen = cast(LazyMask, mask).describe()
-            edit = self.groups.edit_at(self.batch, seen.kv_offset, key.shape[2], query.device, self.template)
+            edit = self.template
+            if self.groups is not None:
+                edit = self.groups.edit_at(self.batch, seen.kv_offset, key.shape[2], query.device, edit)
             out = attend(query, key, value, scale=self.scale, mask=seen, edit=edit, backend=self.backend)
             z, second, how = cast(Tensor, out.output), None, f"edited by {out.readings.backend}"
         for gain in self.gains:
@@ -66,11 +68,13 @@ def settle(call: SiteCall, interventions: Sequence[Intervention], backend: str) 
         gains += said.gains
         if said.template is not None:
             template, groups = said.template, said.groups
-    if template is not None and groups is not None:
+    if template is not None:
         if call.softcap is not None or call.sinks is not None or call.bias is not None or call.mask.dense is not None:
             return None
         # The kernel applies gains, too, and rounds once.
-        now = groups.edit_at(call.q.shape[0], call.mask.kv_offset, call.k.shape[2], call.q.device, template)
+        now = template
+        if groups is not None:
+            now = groups.edit_at(call.q.shape[0], call.mask.kv_offset, call.k.shape[2], call.q.device, template)
         together = combine(now, Edit(tuple(gains)))
-        template, gains = None if together is None else together.family, []
+        template, gains = together if together is None or groups is None else together.family, []
     return Settled(call.q.shape[0], call.q.device, call.scale, tuple(gains), template, groups, backend)
