@@ -7,7 +7,7 @@ from typing import Any
 
 _HOMES = {
     "Capture": "capture", "CaptureError": "capture", "CaptureTooLargeError": "capture",
-    "Intervention": "calls", "RunState": "calls", "SiteCall": "calls",
+    "Intervention": "calls", "Lasting": "calls", "RunState": "calls", "SiteCall": "calls",
     "Session": "session", "SessionError": "session", "hooked": "session", "reset": "session",
     "Trace": "trace",
 }  # fmt: skip
