@@ -69,8 +69,9 @@ def settle(call: SiteCall, interventions: Sequence[Intervention], backend: str) 
         if said.template is not None:
             template, groups = said.template, said.groups
     if template is not None:
-        if call.softcap is not None or call.sinks is not None or call.bias is not None or call.mask.dense is not None:
-            return None
+        plain = call.softcap is None and call.sinks is None and call.bias is None and call.mask.dense is None
+        if not plain or call.site.cross:
+            return None  # what such a call needs beside q, k, v and the mask is worked out at every call
         # The kernel applies gains, too, and rounds once.
         now = template
         if groups is not None:
