@@ -270,10 +270,11 @@ def group_weights(op: GroupWeights, call: Call, masses: Tensor, share: Tensor | 
         weights = rows.unsqueeze(1) @ weights
     rescale = torch.ones_like(masses[..., 0])
     if op.renormalise:
-        left = (weights * masses).sum(-1)
-        left = left if share is None else left + share
+        held, left = masses.sum(-1), (weights * masses).sum(-1)
+        if share is not None:
+            held, left = held + share, left + share
         some = left >= tiny(left)
-        rescale = torch.where(some, 1.0 / torch.where(some, left, 1.0), 0.0)
+        rescale = torch.where(some, held / torch.where(some, left, 1.0), 0.0)
         weights = weights * rescale.unsqueeze(-1)
     if op.where is not None:
         weights = torch.where(op.where.unsqueeze(-1), weights, 1.0)

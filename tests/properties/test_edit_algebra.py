@@ -150,3 +150,23 @@ def test_gains_multiply(seed: int, first: list[float], second: list[float]) -> N
     alike(combine(Edit((Gain(a),)), Edit((Gain(b),))), Edit((Gain(a * b),)), call)
     plain = outcome(None, call)["output"]
     torch.testing.assert_close(outcome(Edit((Gain(a),)), call)["output"], plain * a.view(1, 1, HEADS, 1))
+
+
+def test_a_renormalising_weight_keeps_the_total_that_an_earlier_one_left() -> None:
+    groups = torch.tensor([[0, 1, 2, 0, 1, 2, 0]], dtype=torch.int8)
+
+    def weights(values: list[float], renormalise: bool) -> Edit:
+        table = torch.tensor(values, dtype=F64).view(1, 1, 1, 3)
+        return Edit((GroupWeights(table, renormalise=renormalise),), groups, n_groups=3)
+
+    call = given_call(3)
+    call["readout"] = Readout(row_stats=True, groups=groups, n_groups=3)
+    rest = {name: value for name, value in call.items() if name not in "qkv"}
+    read = lambda edit: attend(call["q"], call["k"], call["v"], edit=edit, backend="reference", **rest).readings  # noqa: E731
+    before = read(None).mass
+    halved = before * torch.tensor([0.5, 1.0, 1.0], dtype=F64)
+    # Half of group 0 is lost; hiding group 1 after that shares its weight among the others and brings nothing back.
+    both = combine(weights([0.5, 1.0, 1.0], False), weights([1.0, 0.0, 1.0], True))
+    kept = halved * torch.tensor([1.0, 0.0, 1.0], dtype=F64)
+    expected = kept * (halved.sum(-1) / kept.sum(-1)).unsqueeze(-1)
+    torch.testing.assert_close(read(both).mass, expected)
