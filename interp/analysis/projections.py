@@ -161,12 +161,13 @@ def _norm_before(model: Model, site: Site) -> nn.Module | None:
 
 
 def _folded(norm: nn.Module, weight: Tensor) -> Tensor:
-    gain = None if getattr(norm, "weight", None) is None else weight_in_memory(norm)
-    if isinstance(gain, Tensor):
-        gain = gain.detach().float().cpu()
-        # Gemma's norms multiply by 1 + weight.
-        weight = (1 + gain if "Gemma" in type(norm).__name__ else gain)[:, None] * weight
-    return weight - weight.mean(0, keepdim=True) if isinstance(norm, nn.LayerNorm) else weight
+    gain = next((p for p in norm.parameters() if p.is_floating_point()), weight)
+    device = "cpu" if gain.device.type == "meta" else gain.device
+    some = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(device, gain.dtype)
+    # What its numbers mean is asked of the norm itself: Gemma's multiply by 1 + weight, Cohere's own class centres.
+    acts = LinearNorm.of(norm, some)
+    weight = acts.weight.cpu()[:, None] * weight
+    return weight - weight.mean(0, keepdim=True) if acts.centred else weight
 
 
 def require_plain_heads(model: Model, inputs: Mapping[str, Any], stack: str, name: str) -> list[Site]:

@@ -11,7 +11,7 @@ import torch
 import interp
 from interp.analysis import score
 from interp.analysis.circuits import composition, eigenvalue_score
-from interp.analysis.projections import head_weights, layer_module
+from interp.analysis.projections import _folded, head_weights, layer_module
 from interp.analysis.running import AnalysisError
 from interp.models.anatomy import anatomy
 from interp.models.model import Model
@@ -41,7 +41,7 @@ class Qkv(Intervention):
         self.found[call.site.name] = (call.q.clone(), call.k.clone(), call.v.clone())
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "vit"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_neox", "vit"])
 def test_weights_are_those_that_the_model_uses(family: str) -> None:
     specimen = build(family)
     model = Model(specimen.module)
@@ -79,11 +79,9 @@ def test_weights_are_those_that_the_model_uses(family: str) -> None:
                 (getattr(layer, n) for n in ("input_layernorm", "ln_1", "layernorm_before") if hasattr(layer, n)), None
             )
             if norm is not None:
-                x = (
-                    (x - x.mean()) / (x.var(unbiased=False) + norm.eps).sqrt()
-                    if isinstance(norm, torch.nn.LayerNorm)
-                    else x / (x.square().mean() + norm.variance_epsilon).sqrt()
-                )
+                eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+                x = x - x.mean() if isinstance(norm, torch.nn.LayerNorm) else x
+                x = x / (x.square().mean() + eps).sqrt()
             xs.append(x)
         # Position 0 is not rotated; the difference of two inputs has no bias.
         names = ("q", "k", "v")
@@ -94,6 +92,25 @@ def test_weights_are_those_that_the_model_uses(family: str) -> None:
             used = seen[0][0][site.name][at][0, :, 0] - seen[1][0][site.name][at][0, :, 0]
             used = used if name == "q" else used.repeat_interleave(group, 0)
             torch.testing.assert_close(got, used, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["plain", "one more", "centred"])
+def test_a_norm_is_folded_as_it_acts_whatever_it_is_called(rule: str) -> None:
+    class OwnNorm(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor([0.5, -1.0, 2.0, 1.5]))
+            self.eps = 1e-6
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x - x.mean(-1, keepdim=True) if rule == "centred" else x
+            x = x / (x.square().mean(-1, keepdim=True) + self.eps).sqrt()
+            return x * (self.weight + 1 if rule == "one more" else self.weight)
+
+    weight = torch.arange(8.0).reshape(4, 2)
+    wanted = weight * {"one more": torch.tensor([1.5, 0.0, 3.0, 2.5])}.get(rule, OwnNorm().weight.detach())[:, None]
+    wanted = wanted - wanted.mean(0) if rule == "centred" else wanted
+    torch.testing.assert_close(_folded(OwnNorm(), weight), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["Q", "K", "V"])
