@@ -44,7 +44,7 @@ def friendly(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def command(*args: Any, **kwargs: Any) -> None:
-        from interp.tracing.session import SessionError
+        from interp.tracing.installation import SessionError
         from interp.tracing.store import TraceStoreError
 
         try:

@@ -131,8 +131,9 @@ class GroupWeights:
 
     ``renormalise=True`` keeps the row's total: it divides by ``sum_j w p + sink share``, which is what multiplying inside
     the softmax does (weight 0 is then knockout, minus infinity before the softmax), and gives back the total that an
-    earlier operation of this stage left. Without it, weight 0 is zeroed attention and rows lose mass. A row that has nothing left stays zero; in fp32 that includes a row whose remaining keys score some 87
-    nats below the ones knocked out (e^-87 is the smallest normal fp32 number).
+    earlier operation of this stage left. Without it, weight 0 is zeroed attention and rows lose mass. A row that has
+    nothing left stays zero; in fp32 that includes a row whose remaining keys score some 87 nats below the ones knocked
+    out (e^-87 is the smallest normal fp32 number).
     """
 
     weight: Tensor

@@ -8,7 +8,7 @@ from typing import Any
 _HOMES = {
     "Capture": "capture", "CaptureError": "capture", "CaptureTooLargeError": "capture",
     "Intervention": "calls", "Lasting": "calls", "RunState": "calls", "SiteCall": "calls",
-    "Session": "session", "SessionError": "session", "hooked": "session", "reset": "session",
+    "Session": "session", "SessionError": "installation", "hooked": "session", "reset": "session",
     "Trace": "trace",
 }  # fmt: skip
 

@@ -95,7 +95,7 @@ def test_what_cannot_be_is_refused(llama):
         logits(llama, Custom(after=lambda call, z: 1.0, heads="L0H0"))
     with pytest.raises(TypeError, match="after must return a tensor or None, got float"):
         logits(llama, Custom(after=lambda call, z: 1.0))
-    with pytest.raises(interp.tracing.session.SessionError, match="keep z's shape"):
+    with pytest.raises(interp.tracing.SessionError, match="keep z's shape"):
         logits(llama, Custom(after=lambda call, z: z[:, :1]))
     with pytest.raises(HeadError, match="L7H0"):
         logits(llama, Custom(after=halve, heads="L7H0"))

@@ -16,8 +16,9 @@ from interp.models import LoadError, ModelInputError
 from interp.models.base_edit import BaseEdit, attach, of, read, visible_maps
 from interp.testing import build, recompute
 from interp.testing.specimen import Specimen
+from interp.tracing.installation import INSTALLATIONS, SessionError
 from interp.tracing.leaks import leak
-from interp.tracing.session import SessionError, _installations, untouched
+from interp.tracing.session import untouched
 
 IMAGE = BaseEdit("only_heads_see_image", Heads.parse("L1H2"))
 FAR = BaseEdit("only_heads_see_far", Heads.parse("L1H2"), sink=1, window=3)
@@ -306,7 +307,7 @@ def test_a_planted_model_is_freed(family: str) -> None:
 
     gone, key = use()
     gc.collect()
-    assert gone() is None and key not in _installations
+    assert gone() is None and key not in INSTALLATIONS
 
 
 def test_what_would_lose_it_is_refused(both) -> None:
