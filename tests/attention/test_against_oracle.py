@@ -130,10 +130,11 @@ def oracle_row(case: Case, b: int, h: int, r: int) -> dict[str, Any]:
     row_group = 0 if edit.query_groups is None else int(at(edit.query_groups, b, r))
     for op in edit.operations:
         if isinstance(op, GroupWeights) and acts(op, b, h, r):
+            held = p.sum() + share
             p = p * at(op.weight, b, h, row_group)[groups].astype(float)
             if op.renormalise:
                 left = p.sum() + share
-                p, share = (p / left, share / left) if left else (0 * p, 0.0)
+                p, share = (p * held / left, share * held / left) if left else (0 * p, 0.0)
         if isinstance(op, Redistribute) and acts(op, b, h, r):
             source, target, gate, part = (
                 p[np.isin(groups, g)].sum() for g in (op.source, op.target, op.gate_mass, op.gate_share)

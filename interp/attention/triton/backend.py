@@ -30,7 +30,7 @@ from interp.attention.edits import (
     Threshold,
     Uniform,
 )
-from interp.attention.kinds import LONGER, SHORT
+from interp.attention.kinds import LONGER, SHORT, Short
 from interp.attention.readouts import Readings, Readout
 from interp.attention.triton import tiles
 from interp.attention.triton.counting import received_rows
@@ -84,8 +84,10 @@ def run(call: Call) -> tuple[Tensor | None, Readings]:
         if plan is None:
             few = call.shape[2] <= DECODE_ROWS and supports_decode(call) is None
             plan = memo["triton"] = Decoding(call) if few else Plan(call)
-            if isinstance(plan, Decoding) and plan.short is not None and not recording:
-                memo[SHORT], memo[LONGER] = plan.short, plan.of_length
+            if plan.short is not None and not recording:
+                memo[SHORT] = plan.short
+                if isinstance(plan, Decoding):
+                    memo[LONGER] = plan.of_length
         return plan.run(call)
 
 
@@ -97,6 +99,23 @@ class Plan:
         self.passes: dict[str, Pass | StatisticsPass] = {}
         self.rows_seen: Tensor | None = None
         self.offsets: Offsets | None = None
+        self.short: Short | None = None
+        """The way of later calls of a redistribution, whose key groups may be others in every layer."""
+        weighting = call.edit.of(GroupWeights, Redistribute)
+        if call.readout.empty and len(weighting) == 1 and isinstance(weighting[0], Redistribute):
+            self.move = Wanted(
+                output=True, move=weighting[0], groups=self.shared.edit_groups, n_groups=call.edit.key_groups
+            )
+            self.short = self._moved
+
+    def _moved(
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor | None, groups: Tensor | None
+    ) -> Tensor:
+        x = Live(
+            row_major(q), row_major(k), row_major(v), sinks, None if bias is None else row_major(bias),
+            groups=None if groups is None else row_major(groups),
+        )  # fmt: skip
+        return self.walk("moved", x, lambda: self.move)["z"]
 
     def walk(self, name: str, x: Live, wanted: Callable[[], Wanted]) -> dict[str, Tensor]:
         """Run the pass of that name, preparing it first where this is its first time."""
@@ -119,10 +138,8 @@ class Plan:
         readings = Readings(pooled_edge=call.pooled_edge or None)
         if weighting and len(weighting) == 1 and isinstance(weighting[0], GroupWeights) and asked.empty:
             return self._weighted(weighting[0], call, x), readings
-        if len(weighting) == 1 and isinstance(weighting[0], Redistribute) and asked.empty:
-            move, groups = weighting[0], self.shared.edit_groups
-            wanted = Wanted(output=True, move=move, groups=groups, n_groups=call.edit.key_groups)
-            return self.walk("moved", x, lambda: wanted)["z"], readings
+        if self.short is not None:
+            return self.short(call.q, call.k, call.v, call.sinks, call.bias, None), readings
         if call.lse is not None and len(call.edit.of(Gain)) < len(call.edit.operations):
             # It is that of the unedited softmax.
             call = replace(call, lse=None)

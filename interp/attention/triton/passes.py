@@ -62,7 +62,8 @@ class Wanted:
 class Live(NamedTuple):
     """The tensors that change from call to call: operands, and what earlier passes gave.
 
-    ``lse`` is ``[B, H, Lq]`` (natural), ``weights`` ``[B|1, H|1, Lq|1, G]`` fp32, contiguous.
+    ``lse`` is ``[B, H, Lq]`` (natural), ``weights`` ``[B|1, H|1, Lq|1, G]`` fp32, contiguous; ``groups`` are the key groups
+    of a redistribution where they differ from those that its pass was made with.
     """
 
     q: Tensor
@@ -72,6 +73,7 @@ class Live(NamedTuple):
     bias: Tensor | None = None
     lse: Tensor | None = None
     weights: Tensor | None = None
+    groups: Tensor | None = None
 
 
 class Buffer(NamedTuple):
@@ -117,7 +119,7 @@ class Pass:
         else:
             a.update(per_row("weight", None, nothing))
         a.update(MASS=wanted.row_stats or wanted.move is not None)
-        _move(a, shared, wanted, config.bn)
+        _move(a, shared, wanted)
         _places(a, wanted.distance, nothing)
         groups = wanted.groups if a["MASS"] or wanted.by_group else None
         a.update(
@@ -127,6 +129,9 @@ class Pass:
         edit_groups: Tensor = a["edit_groups_ptr"]
         edit_table = block_table(edit_groups if a["EDIT_GROUPS"] else None, config.bn, nothing)
         a.update(edit_table_ptr=edit_table["table_ptr"], edit_table_b=edit_table["table_b"])
+        if wanted.move is not None and groups is not None:
+            a.update(_of_groups(groups, config.bn, a["SOURCE"], a["TARGET"]))
+            a.update(moved_b=strides(a["moved_ptr"], 1)[0])
         if lists:
             table = visible_lists(call, config.bm, config.bn, device)
             a.update(lists_ptr=table, list_h=strides(table, 1)[0], list_q=table.stride(1))
@@ -145,6 +150,9 @@ class Pass:
         live |= {f"{x}_ptr" for x, used in (("sinks", a["SINKS"]), ("bias", a["BIAS"])) if used}
         live |= {"lse_ptr"} if wanted.given else set()
         live |= {"weight_ptr"} if wanted.weights else set()
+        self.of_groups = {} if wanted.move is None else {name: a[name] for name in OF_GROUPS}
+        self.bn, self.bits = config.bn, (a["SOURCE"], a["TARGET"])
+        live |= self.of_groups.keys()
         self.live = live
         fixed = {name: value for name, value in a.items() if name not in live}
         self.launches = [
@@ -225,6 +233,7 @@ class Pass:
         live: dict[str, Tensor] = {"q_ptr": x.q, "k_ptr": x.k, "v_ptr": x.v, **made}
         given = {"sinks_ptr": x.sinks, "bias_ptr": x.bias, "lse_ptr": x.lse, "weight_ptr": x.weights}
         live.update({name: t for name, t in given.items() if name in self.live and name not in made and t is not None})
+        live.update(self.of_groups if x.groups is None else _of_groups(x.groups, self.bn, *self.bits))
         if x.weights is not None and self.wanted.weights:
             # Their strides follow from which axes are 1 wide, which an operation's own tensors decide once and for all.
             sizes = {k: v for k, v in per_row("weight", x.weights, x.weights).items() if k != "weight_ptr"}
@@ -245,8 +254,18 @@ class Pass:
         return out
 
 
-def _move(a: Arguments, shared: Tables, wanted: Wanted, bn: int) -> None:
-    """Arguments of a redistribution: its sets of groups as bits, its fraction by row, the tiles that it touches."""
+OF_GROUPS = ("groups_ptr", "table_ptr", "edit_groups_ptr", "edit_table_ptr", "moved_ptr")
+"""What of a redistribution's arguments follows from its key groups: layers may differ in these alone."""
+
+
+def _of_groups(groups: Tensor, bn: int, source: int, target: int) -> dict[str, Tensor]:
+    table: Tensor = block_table(groups, bn, groups)["table_ptr"]
+    moved = moved_tiles(groups, table, source, target, bn)
+    return dict(zip(OF_GROUPS, (groups, table, groups, table, moved), strict=True))
+
+
+def _move(a: Arguments, shared: Tables, wanted: Wanted) -> None:
+    """Arguments of a redistribution: its sets of groups as bits, its fraction by row."""
     nothing, op = placeholder(shared.device), wanted.move
     a.update(
         MOVE=op is not None,
@@ -265,11 +284,10 @@ def _move(a: Arguments, shared: Tables, wanted: Wanted, bn: int) -> None:
     bits = {name: sum(1 << g for g in getattr(op, name)) for name in ("source", "target", "gate_mass", "gate_share")}
     assert wanted.groups is not None
     assert shared.fraction is not None
-    moved = moved_tiles(wanted.groups, bits["source"], bits["target"], bn, nothing)
     a.update(
         {name.upper(): value for name, value in bits.items()}, summ=op.summ, rho=op.rho, EDIT_GROUPS=wanted.n_groups
     )
-    a.update(per_row("fraction", shared.fraction, nothing), moved_ptr=moved, moved_b=strides(moved, 1)[0])
+    a.update(per_row("fraction", shared.fraction, nothing))
 
 
 def _places(a: Arguments, asked: Distances | None, nothing: Tensor) -> None:

@@ -144,15 +144,16 @@ def block_table(groups: Tensor | None, bn: int, nothing: Tensor) -> Arguments:
     return {"table_ptr": table, "table_b": strides(table, 1)[0]}
 
 
-def moved_tiles(groups: Tensor, source: int, target: int, bn: int, nothing: Tensor) -> Tensor:
+def moved_tiles(groups: Tensor, table: Tensor, source: int, target: int, bn: int) -> Tensor:
     """Tiles of keys with a source or target group (given as bits) in them, int32 ``[B|1, 2 n + 4]`` for n tiles.
+
+    ``table`` is the :func:`block_table` of these groups.
 
     First how many of them lie before tile 0, 1, ... n, then their numbers; then the longest run of tiles that are nothing but
     target, or nothing but source: its first tile, the tile after its last, and 1 or 2 for which. Kept on the groups tensor.
     """
     kept, key = _kept(groups), (bn, source, target)
     if key not in kept:
-        table: Tensor = block_table(groups, bn, nothing)["table_ptr"]
         n_tiles = table.shape[1] // 2
         only = table[:, :n_tiles]
         number = torch.arange(n_tiles, device=groups.device, dtype=torch.int32)

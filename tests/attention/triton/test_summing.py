@@ -34,7 +34,8 @@ def test_the_table_of_tiles_by_hand() -> None:
 
 def test_tiles_whose_mass_moves_by_hand() -> None:
     groups = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2, -1, -1]], dtype=torch.int8, device=DEVICE)
-    moved = moved_tiles(groups, 0b001, 0b100, 2, placeholder(DEVICE))[0].tolist()
+    tiles = block_table(groups, 2, placeholder(DEVICE))["table_ptr"]
+    moved = moved_tiles(groups, tiles, 0b001, 0b100, 2)[0].tolist()
     assert moved[:6] == [0, 1, 2, 2, 3, 3]
     assert moved[6:9] == [0, 1, 3]
 
