@@ -118,9 +118,14 @@ def attend(
             kinds.remember(key, grown)
             return Attended(grown.short(q, k, v, sinks, bias, groups), Readings(backend=grown.backend_name))
     if family is not None:
-        # What a kind without a short way keeps is about its own groups.
-        key = (id(edit), *rest)
+        # What a kind without a short way keeps is about its own groups; that it is right and who computes it is not.
+        kin, key = kind, (id(edit), *rest)
         kind = kinds.known(key)
+        if kind is None and kin is not None:
+            holds = (mask, edit, readout)
+            mine = edit if kin.edit.operations else kin.edit
+            kind = replace(kin, holds=holds, edit=mine, versions=versions(*holds), memo={})
+            kinds.remember(key, kind)
     call = Call(
         q=q,
         k=k,
@@ -142,13 +147,12 @@ def attend(
         # A table made by other tensors that want a gradient would be held with all of its history.
         if not any(tensor.grad_fn is not None for tensor, _ in kind.versions):
             kinds.remember(key, kind)
+            if family is not None:
+                kinds.remember(of_family, kind)
     output, readings = kind.backend.run(call)
     readings.backend = kind.backend_name
-    if kind.short is not None:
-        if family is not None:
-            kinds.remember(of_family, kind)
-        if growing is not None:
-            kinds.remember(growing, kind)
+    if kind.short is not None and growing is not None:
+        kinds.remember(growing, kind)
     return Attended(output, readings)
 
 

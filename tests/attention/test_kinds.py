@@ -11,7 +11,19 @@ from typing import Any
 import pytest
 import torch
 
-from interp.attention import Boost, Edit, Gain, GroupWeights, Mask, Readout, attend, is_neutral, kinds, reference
+from interp.attention import (
+    Boost,
+    Edit,
+    Gain,
+    GroupWeights,
+    Mask,
+    Readout,
+    Redistribute,
+    attend,
+    is_neutral,
+    kinds,
+    reference,
+)
 from interp.attention.versions import unchanged, versions
 
 
@@ -166,3 +178,37 @@ def test_kinds_come_and_go_in_many_threads() -> None:
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(8)))
     assert len(kinds._kinds) <= kinds.KEPT
+
+
+def test_layers_that_differ_in_their_groups_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from interp.attention import api
+
+    kinds.clear()
+    checked = 0
+    real = api.validate
+
+    def counted(*args: Any, **options: Any) -> None:
+        nonlocal checked
+        checked += 1
+        real(*args, **options)
+
+    monkeypatch.setattr(api, "validate", counted)
+    family = Edit((Redistribute((0,), (1,), 0.5, (0, 1), (1,)),), n_groups=3)
+    readout = Readout(row_stats=True)
+    random = torch.Generator().manual_seed(0)
+    for reads in (None, readout):
+        given: dict[str, Any] = {"scale": 0.5, "readout": reads}
+        for layer in range(3):
+            q, k, v = (torch.randn(1, 2, 9, 8, generator=random) for _ in range(3))
+            groups = torch.randint(0, 3, (1, 9), generator=random).to(torch.int8)
+            edit = family.regrouped(groups)
+            for changed in (False, True):
+                if changed and layer < 2:
+                    continue
+                if changed:
+                    groups.copy_(groups.roll(1, 1))  # what was prepared for these groups is of no use now
+                got, wanted = (
+                    attend(q, k, v, edit=edit, **given, backend=b).output for b in ("blockwise", "reference")
+                )
+                torch.testing.assert_close(got, wanted)
+    assert checked == 4  # both backends, with and without a readout

@@ -7,7 +7,7 @@ import torch
 
 import interp
 from interp import PAI, VAR, VHR, Head, Knockout, MaskHeads, ScaleHeads, Streaming, Temperature
-from interp.tracing import session as sessions
+from interp.tracing import installation
 
 HEADS = [Head(1, 0), Head(3, 2)]
 SOME = {"rho": 0.05, "tau": 1.5, "summ": 0.01, "dims": (0, 1, 2), "skip_first": 1}
@@ -33,17 +33,17 @@ def test_asked_once_is_asked_always(name, options, deep_llava, llava_inputs, bat
     module = deep_llava(5)
     inputs = batched(llava_inputs(0), llava_inputs(3, before=2, after=7))
     asked: list[str] = []
-    settle = sessions.settle
+    settle = installation.settle
 
     def counted(call, *rest):
         found = settle(call, *rest)
         asked.append("settled" if found is not None else "not")
         return found
 
-    monkeypatch.setattr(sessions, "settle", counted)
+    monkeypatch.setattr(installation, "settle", counted)
     ids, logits, session = run(module, inputs, LAST[name](), **options)
     assert set(asked) == {"settled"}
-    monkeypatch.setattr(sessions, "settle", lambda *_: None)
+    monkeypatch.setattr(installation, "settle", lambda *_: None)
     always, wanted, other = run(module, inputs, LAST[name](), **options)
     assert torch.equal(ids, always)
     torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
@@ -70,7 +70,7 @@ def test_two_edits_that_last_are_put_together_at_every_token(deep_llava, llava_i
     module, inputs = deep_llava(5), llava_inputs()
     both = [VAR(0.9, **SOME), Temperature(HEADS, 3.0)]
     _, logits, _ = run(module, inputs, both)
-    monkeypatch.setattr(sessions, "settle", lambda *_: None)
+    monkeypatch.setattr(installation, "settle", lambda *_: None)
     assert torch.equal(logits, run(module, inputs, both)[1])
 
 
