@@ -44,6 +44,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_smoke_trains_saves_and_tells_what_it_measured(smoke: Path) -> None:
     metrics = json.loads((smoke / "toy" / "metrics.json").read_text())
     assert metrics["training"]["loss_last"] < metrics["training"]["loss_first"]
@@ -59,6 +60,7 @@ def test_smoke_trains_saves_and_tells_what_it_measured(smoke: Path) -> None:
     assert (smoke / "points" / "step-000000" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_interp_loads_it_with_its_plant_and_agrees_with_what_was_trained(smoke: Path, build: Any) -> None:
     model = interp.load(smoke / "toy", device="cpu")
     assert model.base_edit is not None and str(model.base_edit.heads) == "L1H2"
@@ -77,6 +79,7 @@ def test_interp_loads_it_with_its_plant_and_agrees_with_what_was_trained(smoke: 
     assert leak(model, {"input_ids": ids[:1]}) == 0.0
 
 
+@pytest.mark.slow
 def test_it_answers_prompts_and_its_probe_judges_them(smoke: Path) -> None:
     model = interp.load(smoke / "toy", device="cpu")
     probe = KeyValueRecall(lengths=(64,), n=1)

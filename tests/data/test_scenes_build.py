@@ -44,6 +44,7 @@ def toys(scripts: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_toys_learn_and_are_saved_with_their_cards(toys: Path) -> None:
     vit = json.loads((toys / "vit" / "metrics.json").read_text())
     assert vit["loss"][-1] < vit["loss"][0]
@@ -58,6 +59,7 @@ def test_toys_learn_and_are_saved_with_their_cards(toys: Path) -> None:
     assert json.loads((toys / "lvlm" / "headscope.json").read_text()) == {"chat": True}
 
 
+@pytest.mark.slow
 def test_a_saved_toy_says_what_it_said_in_training(toys: Path, scripts: Any) -> None:
     import interp
     from probes.scenes import World, picture
@@ -84,6 +86,7 @@ def test_a_saved_toy_says_what_it_said_in_training(toys: Path, scripts: Any) -> 
         assert float(logits[yes] - logits[no]) == pytest.approx(float(margin), abs=2e-4)
 
 
+@pytest.mark.slow
 def test_a_planted_toy_does_not_leak(toys: Path) -> None:
     import interp
     from interp.tracing.leaks import leak
