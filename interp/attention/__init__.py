@@ -22,6 +22,7 @@ from interp.attention.edits import (
     SinkWindow,
     Temperature,
     Threshold,
+    TopKeys,
     Uniform,
 )
 from interp.attention.mask import Mask, VisibilityRule
@@ -55,6 +56,7 @@ __all__ = [
     "SinkWindow",
     "Temperature",
     "Threshold",
+    "TopKeys",
     "Uniform",
     "VisibilityRule",
     "attend",

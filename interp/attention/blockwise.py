@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from interp.attention import reference
 from interp.attention.call import Call, Places, Tile
-from interp.attention.edits import Blocks, DropKeys, GivenRows, Neighbourhood, SinkWindow, Threshold
+from interp.attention.edits import Blocks, DropKeys, GivenRows, Neighbourhood, SinkWindow, Threshold, TopKeys
 from interp.attention.mask import Visible
 from interp.attention.readouts import READING_AXES, Readings
 
@@ -81,7 +81,7 @@ def visible_varies_by_head(call: Call) -> bool:
     numbers += [op.radius for op in call.edit.of(Neighbourhood)]
     if any(isinstance(number, Tensor) and number.numel() > 1 for number in numbers):
         return True
-    return bool(call.edit.of(Threshold)) or any(op.allowed.shape[0] > 1 for op in call.edit.of(Blocks))
+    return bool(call.edit.of(Threshold, TopKeys)) or any(op.allowed.shape[0] > 1 for op in call.edit.of(Blocks))
 
 
 # Tiles

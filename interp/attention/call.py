@@ -27,6 +27,7 @@ from interp.attention.edits import (
     SinkWindow,
     Temperature,
     Threshold,
+    TopKeys,
     Uniform,
 )
 from interp.attention.mask import Mask
@@ -41,6 +42,7 @@ AXES: dict[type, dict[str, str]] = {
     Neighbourhood: {"radius": "h", "query_coords": "bQ.", "key_coords": "bK.", "where": "bhq"},
     Threshold: {"value": "bhq", "where": "bhq"},
     DropKeys: {"keys": "bhq.", "where": "bhq"},
+    TopKeys: {"draws": "bhq.", "where": "bhq"},
     Uniform: {"where": "bhq"},
     GroupWeights: {"weight": "bh..", "where": "bhq"},
     Redistribute: {"fraction": "bhq", "where": "bhq"},

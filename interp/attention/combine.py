@@ -24,6 +24,7 @@ from interp.attention.edits import (
     Redistribute,
     Temperature,
     Threshold,
+    TopKeys,
 )
 from interp.attention.validation import AttentionArgumentError
 from interp.attention.versions import Seen, tensors, unchanged, versions
@@ -32,7 +33,8 @@ from interp.attention.versions import Seen, tensors, unchanged, versions
 def is_neutral(edit: Edit | None) -> bool:
     """Whether an edit provably leaves attention as it is.
 
-    Gains and temperatures of 1, boosts and fractions of 0, weights of 1, thresholds of -inf, no key to drop, every
+    Gains and temperatures of 1, boosts and fractions of 0, weights of 1, thresholds of -inf, no key to drop, no share of
+    the top keys, every
     block allowed, no row selected. An operation with a tensor to be differentiated is never neutral: its gradient is
     wanted. A window or neighbourhood that happens to hide nothing counts as an edit.
     """
@@ -72,6 +74,8 @@ def _does_nothing(op: Operation) -> bool:
             return _all_equal(op.value, -torch.inf)
         case DropKeys():
             return bool((op.keys < 0).all())
+        case TopKeys():
+            return op.draws is not None and op.share <= 0
         case Blocks():
             return bool(op.allowed.all())
         case GivenRows():

@@ -1,8 +1,8 @@
 """What changes attention at one site in one call: tensors, no policy.
 
 An :class:`Edit` is a set of operations plus the key groups they speak of. The order in which operations act is fixed by
-their kind (:data:`STAGES`), not by the order in which they were given: temperature, boost, restrictions, uniform and
-given rows, group weights and redistributions, gain. Within one kind they act in the order given.
+their kind (:data:`STAGES`), not by the order in which they were given: temperature, boost, restrictions, top keys, uniform
+and given rows, group weights and redistributions, gain. Within one kind they act in the order given.
 
 Shapes: ``where`` is bool, broadcast over ``[B|1, H|1, Lq|1]``, None for everywhere; per-row values broadcast the same
 way. ``H`` counts query heads. Tensors indexed by key are indexed by key slot of this call; rules on positions use absolute
@@ -107,6 +107,23 @@ class DropKeys:
 
 
 @dataclass(frozen=True, eq=False)
+class TopKeys:
+    """Keep the ``k`` keys of a row with the largest scores, or hide some of them. Acts behind all other restrictions.
+
+    Without ``draws`` every other key is hidden (top-k attention). With ``draws`` (``[B|1, H|1, Lq|1, k]``) those n <= k that
+    the row sees are candidates to be hidden: the ``int(share * n)`` with the smallest draws, or, unless ``exact``, as many
+    of those as have a draw below ``share`` (that is, each with probability ``share`` for uniform draws). One visible key
+    always stays. Draws stand for candidates by falling score. Of equal scores any may count as the larger.
+    """
+
+    k: int
+    draws: Tensor | None = None
+    share: float = 0.0
+    exact: bool = True
+    where: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Uniform:
     """``p_ij = 1 / |V_i|`` on the visible set, no sink share, bias ignored. A row that sees nothing stays zero."""
 
@@ -170,6 +187,7 @@ Operation = (
     | Neighbourhood
     | Threshold
     | DropKeys
+    | TopKeys
     | Uniform
     | GivenRows
     | GroupWeights
@@ -181,11 +199,12 @@ STAGES: dict[type, int] = {
     Temperature: 0,
     Boost: 1,
     **dict.fromkeys(Restriction, 2),
-    Uniform: 3,
-    GivenRows: 3,
-    GroupWeights: 4,
-    Redistribute: 4,
-    Gain: 5,
+    TopKeys: 3,
+    Uniform: 4,
+    GivenRows: 4,
+    GroupWeights: 5,
+    Redistribute: 5,
+    Gain: 6,
 }
 
 

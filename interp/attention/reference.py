@@ -35,6 +35,7 @@ from interp.attention.edits import (
     SinkWindow,
     Temperature,
     Threshold,
+    TopKeys,
     Uniform,
 )
 from interp.attention.groups import group_sums, one_hot
@@ -132,7 +133,8 @@ def visible_set(call: Call, s: Tensor) -> Visible:
     batch, _, n_queries, n_keys = call.shape
     hidden = None if call.bias is None else bias_hides(call.bias)
     restrictions = call.edit.of(SinkWindow, Blocks, Neighbourhood, Threshold, DropKeys)
-    narrowed = bool(restrictions) or (hidden is not None and bool(hidden.any()))
+    ranked = call.edit.of(TopKeys)
+    narrowed = bool(restrictions or ranked) or (hidden is not None and bool(hidden.any()))
     settled = 0 if narrowed else call.mask.settled(n_keys)
     unsettled = call.mask.keys(settled, n_keys) if settled else call.mask
     mask = unsettled.visible(batch, n_queries, n_keys - settled, s.device)
@@ -140,6 +142,9 @@ def visible_set(call: Call, s: Tensor) -> Visible:
         mask = both(mask, ~hidden)
     for op in restrictions:
         allowed = allows(op, call, s)
+        mask = both(mask, allowed if op.where is None else allowed | ~op.where.unsqueeze(-1))
+    for op in ranked:
+        allowed = ranks_allow(op, s, mask)
         mask = both(mask, allowed if op.where is None else allowed | ~op.where.unsqueeze(-1))
     return Visible.of(mask, n_queries, n_keys, call.dtype)
 
@@ -166,6 +171,29 @@ def allows(op: Restriction, call: Call, s: Tensor) -> Tensor:
             return s.detach() >= op.value.unsqueeze(-1)
         case DropKeys():
             return ~among(op.keys - call.mask.kv_offset, n_keys)
+
+
+def ranks_allow(op: TopKeys, s: Tensor, mask: Tensor | None) -> Tensor:
+    """Keys that are left by their rank among those visible so far, bool ``[B, H, Lq, Lk]``."""
+    s = s.detach() if mask is None else s.detach().masked_fill(~mask, -torch.inf)
+    n_keys = s.shape[-1]
+    # One key more than is asked about: where there is none, a candidate must stay.
+    values, slots = s.topk(min(op.k + (op.draws is not None), n_keys), dim=-1)
+    listed = torch.zeros_like(s, dtype=torch.bool)
+    if op.draws is None:
+        return listed.scatter_(-1, slots, True)
+    most = (values > -torch.inf).sum(-1, keepdim=True) - 1
+    values, slots = values[..., : op.k], slots[..., : op.k]
+    return ~listed.scatter_(-1, slots, hidden_candidates(op, values > -torch.inf, most))
+
+
+def hidden_candidates(op: TopKeys, there: Tensor, most: Tensor) -> Tensor:
+    """Which candidates to hide, ``[B, H, Lq, n]``, of those that are ``there``; at most ``most [B, H, Lq, 1]`` of a row."""
+    assert op.draws is not None
+    draws = op.draws[..., : there.shape[-1]].expand(there.shape).masked_fill(~there, torch.inf)
+    order = draws.argsort(-1).argsort(-1)
+    wanted = (there.sum(-1, keepdim=True) * op.share).long() if op.exact else (draws < op.share).sum(-1, keepdim=True)
+    return there & (order < torch.minimum(wanted, most.clamp_min(0)))
 
 
 def chebyshev(query_coords: Tensor, key_coords: Tensor) -> Tensor:

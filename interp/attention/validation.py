@@ -29,6 +29,7 @@ from interp.attention.edits import (
     Redistribute,
     SinkWindow,
     Temperature,
+    TopKeys,
 )
 from interp.attention.mask import Mask
 from interp.attention.readouts import MAX_TOPK, Distances, OffsetBins, Readout
@@ -241,7 +242,9 @@ def check_operation(name: str, op: Operation, edit: Edit, mask: Mask, sizes: Siz
         value = getattr(op, field)
         if isinstance(value, Tensor):
             check_shape(f"{name}.{field}", value, axes, sizes, FIELD_KINDS.get(field, "float"))
-        elif field != "where" and not isinstance(value, int if FIELD_KINDS.get(field) == "int" else float | int):
+        elif not (value is None and field in ("where", "draws")) and not isinstance(
+            value, int if FIELD_KINDS.get(field) == "int" else float | int
+        ):
             fail(f"{name}.{field}", f"must be a number or a tensor {axes}", describe(value))
     match op:
         case Temperature():
@@ -265,6 +268,8 @@ def check_operation(name: str, op: Operation, edit: Edit, mask: Mask, sizes: Siz
         case DropKeys():
             if op.keys.shape[-1] > MAX_DROPPED_KEYS:
                 fail(f"{name}.keys", f"at most {MAX_DROPPED_KEYS} keys a row", op.keys.shape[-1])
+        case TopKeys():
+            check_top_keys(name, op)
         case GroupWeights():
             check_width(f"{name}.weight", op.weight.shape[-1], edit)
             if op.weight.shape[2] not in (1, edit.row_groups):
@@ -291,6 +296,15 @@ def check_blocks(name: str, op: Blocks, mask: Mask, sizes: Sizes) -> None:
     )
     if op.allowed.shape[1] < needed[0] or op.allowed.shape[2] < needed[1]:
         fail(f"{name}.allowed", f"must cover absolute blocks [H|1, {needed[0]}, {needed[1]}]", describe(op.allowed))
+
+
+def check_top_keys(name: str, op: TopKeys) -> None:
+    if isinstance(op.k, bool) or not isinstance(op.k, int) or op.k < 1:
+        fail(f"{name}.k", "must be a whole number >= 1", repr(op.k))
+    if op.draws is not None and op.draws.shape[-1] != op.k:
+        fail(f"{name}.draws", f"its last axis must be k = {op.k} wide", describe(op.draws))
+    if not 0 <= op.share <= 1:
+        fail(f"{name}.share", "must be within 0 .. 1", op.share)
 
 
 def check_redistribute(name: str, op: Redistribute, edit: Edit) -> None:

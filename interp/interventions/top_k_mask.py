@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from interp.attention import MAX_DROPPED_KEYS, DropKeys, Edit, Readout, Threshold, attend, combine
-from interp.attention.call import Tile, tile_edit
+from interp.attention import MAX_DROPPED_KEYS, Edit, TopKeys
 from interp.interventions._base import HeadPolicy, Strength, every_head
 from interp.interventions.selection import positions_in_sample
 from interp.models.anatomy import Site
-from interp.tracing.calls import RunState, SiteCall
+from interp.tracing.calls import Lasting, RunState, SiteCall
 
 MODES = ("drop", "keep")
 SAMPLINGS = ("count", "bernoulli", "top")
-BLOCK = 1 << 24
-"""Weights looked at at once: the keys of a row are ranked by blocks of rows, so that no whole map is held."""
+MOST_AT_ONCE = 1 << 20
+"""Draws made at once for all layers, which at every token costs what one layer does."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,11 +29,11 @@ class TopKMask(HeadPolicy):
     in training; Sparsifiner and top-k attention, https://arxiv.org/abs/2303.13755, are ``keep``, which leaves the ``k`` top
     keys alone). The rest of the row is renormalised by the softmax. A row always keeps a key.
 
-    Keys are ranked by the weights that the interventions before this one give; one after it that changes scores (a
-    temperature, a boost) shifts what ``keep`` holds, so put this one last.
+    Keys are ranked by their scores as all interventions together make them (temperatures, boosts, windows), whatever the
+    order in which they are given.
 
     When not to use it: ``drop`` with k near the number of keys; ``keep`` to save time (the scores are computed all the same,
-    and twice).
+    and on a GPU twice).
 
     Args:
         heads: what :func:`interp.heads.as_heads` takes. An empty set changes nothing.
@@ -98,104 +97,50 @@ class TopKMask(HeadPolicy):
         n_keys = call.k.shape[2]
         if where is None or n_keys == 1 or (self.mode == "keep" and self.k >= n_keys):
             return None
-        mine = self.mine(call)
-        # One readout for all layers that are asked the same: the op prepares for each once.
-        key = ("readouts", mine, tuple(call.q.shape[:3]), n_keys, call.q.device)
-        readouts = self.kept(call, key, lambda: _readouts(call, mine), lasting=False)
-        found = top_keys(call, min(self.k + 1, n_keys), readouts)
-        shape = (*call.q.shape[:3],)
         if self.mode == "keep":
-            value = torch.full(shape, -torch.inf, device=call.q.device)
-            value[:, mine] = _between(found, self.k)
-            return Edit((Threshold(value, where),))
-        top = found.keys[..., : self.k]
-        keys = torch.full((*shape, top.shape[-1]), -1, dtype=torch.int64, device=call.q.device)
-        keys[:, mine] = torch.where(self._dropped(call, mine, found), top, -1)
-        return Edit((DropKeys(keys, where),))
-
-    def _dropped(self, call: SiteCall, mine: Sequence[int], found: TopKeys) -> Tensor:
-        """Which of the k top keys to hide, bool ``[B, n, Lq, k]``."""
-        # One key more than the top ones was looked for: where there is none, a top key must stay.
-        most = ((found.weights > 0).sum(-1, keepdim=True) - 1).clamp_min(0)
-        there = found.weights[..., : self.k] > 0
-        count = there.sum(-1, keepdim=True)
-        rank = torch.arange(there.shape[-1], device=there.device)
+            return self.kept(call, "keep", lambda: Edit((TopKeys(self.k, where=where),)), of=(where,))
         if self.sampling == "top":
-            return there & (rank < torch.minimum((count * self.p).long(), most))
-        draws = uniform_draws(self.seed, call.site.layer, mine, positions_in_sample(call), len(rank)).to(there.device)
-        draws = draws.expand(there.shape).masked_fill(~there, 2.0)
-        order = draws.argsort(-1).argsort(-1)
-        wanted = (count * self.p).long() if self.sampling == "count" else (draws < self.p).sum(-1, keepdim=True)
-        return there & (order < torch.minimum(wanted, most))
+            return self.kept(call, "top", lambda: self._drops(_by_rank(self.k, call.q.device), where), of=(where,))
+        return self._drops(self._draws(call), where)
+
+    def lasting(self, call: SiteCall) -> Lasting | None:
+        drawn = self.mode == "drop" and self.sampling != "top"
+        return None if not self.idle and (drawn or call.k.shape[2] <= max(self.k, 1)) else self.unvarying(call)
+
+    def _drops(self, draws: Tensor, where: Tensor) -> Edit:
+        return Edit((TopKeys(self.k, draws, self.p, self.sampling != "bernoulli", where),))
+
+    def _draws(self, call: SiteCall) -> Tensor:
+        """``[B|1, H, Lq, k]``; those of all layers are made at once where they are few."""
+        n_heads = call.site.n_heads
+        sites = call.run.anatomy.stacks[call.site.stack]
+        layers = sorted({site.layer for site in sites})
+
+        def drawn(layer: int | Tensor) -> Tensor:
+            return uniform_draws(self.seed, layer, range(n_heads), positions_in_sample(call), self.k).to(call.q.device)
+
+        if len(layers) * call.q.shape[0] * call.q.shape[2] * n_heads * self.k > MOST_AT_ONCE:
+            return drawn(call.site.layer)
+        key = ("draws", call.site.stack, n_heads, call.mask.q_offset, call.q.shape[0], call.q.shape[2], call.q.device)
+        all_layers = self.kept(call, key, lambda: drawn(torch.tensor(layers)).unbind(0), lasting=False)
+        return all_layers[layers.index(call.site.layer)]
 
 
-class TopKeys(NamedTuple):
-    """Weights fp32 ``[B, n, Lq, k]``, descending, with absolute positions of their keys, and ``lse [B, n, Lq]``."""
-
-    weights: Tensor
-    keys: Tensor
-    lse: Tensor
+def _by_rank(k: int, device: torch.device) -> Tensor:
+    """Draws by which the largest are hidden first."""
+    return torch.arange(k, dtype=torch.float32, device=device).view(1, 1, 1, k)
 
 
-def top_keys(call: SiteCall, k: int, readouts: list[tuple[int, Readout]]) -> TopKeys:
-    """The k largest weights of every row of chosen heads, as edited so far.
+def uniform_draws(seed: int, layer: int | Tensor, heads: Sequence[int], positions: Tensor, count: int) -> Tensor:
+    """Draws in [0, 1), ``[B|1, n, L, count]``, that depend on seed, layer, head, position and place alone (a hash of them).
 
-    Args:
-        readouts: first row and readout of each block of rows (see :func:`_readouts`).
+    With layers ``[m]`` there is a first axis of m.
     """
-    batch, n_heads, n_queries, _ = call.q.shape
-    edit = combine(*call.edits)
-    parts: list[TopKeys] = []
-    for start, readout in readouts:
-        stop = n_queries if len(readouts) == 1 else start + len(_rows(readout))
-        q, mask, bias, part = call.q, call.mask, call.bias, edit
-        if len(readouts) > 1:
-            tile = Tile((0, batch), (0, n_heads), (start, stop), (0, call.k.shape[2]))
-            q, mask, part = q[:, :, start:stop], mask.rows(start, stop), None if edit is None else tile_edit(edit, tile)
-            bias = bias if bias is None or bias.shape[2] == 1 else bias[:, :, start:stop]
-        readings = attend(
-            q.detach(), call.k.detach(), call.v.detach(), scale=call.scale, mask=mask, softcap=call.softcap, sinks=call.sinks,
-            bias=bias, edit=part, readout=readout, want_output=False,
-        ).readings  # fmt: skip
-        assert readings.rows is not None
-        assert readings.lse is not None
-        weights, slots = readings.rows.topk(k, dim=-1)
-        parts.append(TopKeys(weights, slots + call.mask.kv_offset, readings.lse))
-    return TopKeys(*(torch.cat([getattr(part, name) for part in parts], 2) for name in TopKeys._fields))
-
-
-def _rows(readout: Readout) -> Tensor:
-    assert readout.rows is not None
-    return readout.rows
-
-
-def _readouts(call: SiteCall, heads: Sequence[int]) -> list[tuple[int, Readout]]:
-    """Readouts of whole rows, block by block."""
-    batch, n_heads, n_queries, _ = call.q.shape
-    device = call.q.device
-    chosen = torch.tensor(heads, device=device)
-    step = max(1, BLOCK // (batch * n_heads * call.k.shape[2]))
-    return [
-        (start, Readout(heads=chosen, rows=torch.arange(min(step, n_queries - start), device=device), row_stats=True))
-        for start in range(0, n_queries, step)
-    ]
-
-
-def _between(found: TopKeys, k: int) -> Tensor:
-    """A score between those of the k-th and the next key ``[B, n, Lq]``; nearly equal ones are all kept."""
-    kth, following = found.weights[..., k - 1], found.weights[..., k]
-    lowest = kth.log() + found.lse
-    gap = (kth.log() - following.log()).clamp(max=1.0)
-    margin = torch.maximum(gap / 2, 1e-5 * (1 + lowest.abs()))
-    return torch.where(kth > 0, lowest - margin, -torch.inf)
-
-
-def uniform_draws(seed: int, layer: int, heads: Sequence[int], positions: Tensor, count: int) -> Tensor:
-    """Draws in [0, 1), ``[B|1, n, L, count]``, that depend on seed, layer, head, position and place alone (a hash of them)."""
     device = positions.device
     place = torch.arange(count, device=device)
     number = torch.tensor(heads, device=device)[None, :, None, None]
-    state = _mixed(torch.tensor(seed * 1_000_003 + layer, device=device))
+    layers = torch.as_tensor(layer, device=device)
+    state = _mixed(seed * 1_000_003 + (layers.view(-1, 1, 1, 1, 1) if layers.ndim else layers))
     for part in (number, positions[:, None, :, None], place):
         state = _mixed(state + part)
     return (state & 0xFFFFFF).float() / (1 << 24)

@@ -28,6 +28,7 @@ from interp.attention import (
     SinkWindow,
     Temperature,
     Threshold,
+    TopKeys,
     Uniform,
 )
 
@@ -38,7 +39,7 @@ MASKS = (
 )  # fmt: skip
 EDITS = (
     "none", "gain", "temperature", "boost", "sink-window", "blocks", "neighbourhood", "threshold", "drop-keys", "uniform",
-    "given-rows", "weights", "knockout", "redistribute",
+    "given-rows", "weights", "knockout", "redistribute", "top-keys", "drop-top-keys",
 )  # fmt: skip
 SCORES = ("plain", "softcap", "sinks", "bias", "masking-bias")
 
@@ -158,6 +159,11 @@ class Maker:
                 return Threshold(0.5 * self.normal(*self.per_row), self.where)
             case "drop-keys":
                 return DropKeys(self.integers(-1, mask.kv_offset + self.n_keys, *self.per_row, 3), self.where)
+            case "top-keys":
+                return TopKeys(self.integer(1, 5), where=self.where)
+            case "drop-top-keys":
+                k = self.integer(1, 5)
+                return TopKeys(k, self.uniform(*self.per_row, k), 0.6, bool(self.integer(0, 1)), self.where)
             case "uniform":
                 return Uniform(self.where)
             case "given-rows":

@@ -28,6 +28,7 @@ from interp.attention import (
     SinkWindow,
     Temperature,
     Threshold,
+    TopKeys,
     Uniform,
     attend,
     blockwise,
@@ -115,6 +116,18 @@ def oracle_row(case: Case, b: int, h: int, r: int) -> dict[str, Any]:
     for op in edit.operations:
         if isinstance(op, SinkWindow | Blocks | Neighbourhood | Threshold | DropKeys) and acts(op, b, h, r):
             seen &= restricted(op, mask, b, h, r, s)
+    for op in edit.operations:
+        if isinstance(op, TopKeys) and acts(op, b, h, r):
+            falling = [c for c in np.argsort(-s) if seen[c]]
+            top = falling[: op.k]
+            if op.draws is None:
+                gone = falling[op.k :]
+            else:
+                draws = at(op.draws, b, h, r)[: len(top)].tolist()
+                by_draw = [top[c] for c in np.argsort(draws)]
+                count = int(len(top) * op.share) if op.exact else sum(draw < op.share for draw in draws)
+                gone = by_draw[: max(min(count, len(falling) - 1), 0)]
+            seen[gone] = False
     exponentials = np.where(seen, np.exp(s), 0.0)
     sink = 0.0 if case["sinks"] is None else math.exp(float(case["sinks"][h]))
     total = exponentials.sum() + sink

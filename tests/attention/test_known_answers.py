@@ -27,6 +27,7 @@ from interp.attention import (
     Redistribute,
     SinkWindow,
     Temperature,
+    TopKeys,
     Uniform,
     attend,
     blockwise,
@@ -445,3 +446,23 @@ def test_output_is_left_out_where_not_wanted(backend: str) -> None:
     asked = Readout(row_stats=True, heads=torch.tensor([1]))
     output, readings = call(torch.zeros(1, 3, 4, 4), backend, readout=asked, want_output=False)
     assert output is None and readings.entropy.shape == (1, 1, 4)
+
+
+def test_keys_by_their_rank(backend: str) -> None:
+    # Weights 8 : 4 : 2 : 1 and, in the second row, two visible keys of the same scores.
+    scores = torch.tensor([[3.0, 0.0, 2.0, 1.0], [3.0, 0.0, 2.0, 1.0]]).log2().exp2() * math.log(2)
+    dense = torch.tensor([[True] * 4, [False, True, False, True]])[None, None]
+    kept = call(scores, backend, mask=Mask(dense=dense), edit=Edit((TopKeys(2),))).readings
+    wanted = torch.tensor([[2 / 3, 0, 1 / 3, 0], [0, 1 / 3, 0, 2 / 3]])
+    torch.testing.assert_close(kept.attention[0, 0], wanted)  # pyright: ignore[reportOptionalSubscript]
+    # Of the three largest, 8 4 2, int(0.7 * 3) with the smallest draws go: 4 and 8. A row of two keys keeps one of them.
+    draws = torch.tensor([0.2, 0.1, 0.9]).view(1, 1, 1, 3)
+    dropped = call(scores, backend, mask=Mask(dense=dense), edit=Edit((TopKeys(3, draws, 0.7),))).readings
+    wanted = torch.tensor([[0, 1 / 3, 0, 2 / 3], [0, 0, 0, 1.0]])
+    wanted[1] = torch.tensor([0, 1.0, 0, 0]) if draws[..., 0] < draws[..., 1] else wanted[1]
+    torch.testing.assert_close(dropped.attention[0, 0], wanted)  # pyright: ignore[reportOptionalSubscript]
+    by_chance = call(
+        scores, backend, mask=Mask(dense=dense), edit=Edit((TopKeys(3, draws, 0.15, exact=False),))
+    ).readings
+    wanted = torch.tensor([[8 / 11, 1 / 11, 0, 2 / 11], [0, 0, 0, 1.0]])
+    torch.testing.assert_close(by_chance.attention[0, 0], wanted)  # pyright: ignore[reportOptionalSubscript]

@@ -26,6 +26,7 @@ from interp.attention import (
     SinkWindow,
     Temperature,
     Threshold,
+    TopKeys,
     Uniform,
     attend,
 )
@@ -115,6 +116,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (edit(Neighbourhood(-1, ROWS, COLUMNS)), "edit.Neighbourhood.radius: must not be negative; got a smallest value of -1"),
     (edit(Neighbourhood(1, COLUMNS, ROWS)), "edit.Neighbourhood.query_coords: must be an int tensor [B|1, Lq, n]"),
     (edit(Threshold(torch.zeros(1, 1))), "edit.Threshold.value: must be a float tensor"),
+    (edit(TopKeys(0)), "edit.TopKeys.k: must be a whole number >= 1; got 0"),
+    (edit(TopKeys(3, torch.rand(1, 1, 1, 2))), "edit.TopKeys.draws: its last axis must be k = 3 wide"),
+    (edit(TopKeys(3, torch.rand(1, 1, 1, 3), 1.5)), "edit.TopKeys.share: must be within 0 .. 1; got 1.5"),
     (edit(DropKeys(long(*range(33))[None, None, None])), "edit.DropKeys.keys: at most 32 keys a row; got 33"),
     (edit(GivenRows(long(4), long(0), torch.ones(1, 1, 1, 7))), "edit.GivenRows.heads: values must lie within 0 .. 3; got 4.0"),
     (edit(GivenRows(long(0), long(5), torch.ones(1, 1, 1, 7))), "edit.GivenRows.rows: values must lie within 0 .. 4; got 5.0"),

@@ -20,6 +20,7 @@ from interp.attention import (
     SinkWindow,
     Temperature,
     Threshold,
+    TopKeys,
     Uniform,
     attend,
     combine,
@@ -72,6 +73,7 @@ def edits(draw: st.DrawFn) -> Edit:
         "gain": lambda: Gain(2 * rand(1, HEADS, 1)), "temperature": lambda: Temperature(0.5 + rand(BATCH, 1, ROWS)),
         "boost": lambda: Boost(rand(1, HEADS, 1, 2)), "window": lambda: SinkWindow(1, 3),
         "drop": lambda: DropKeys(torch.randint(-1, KEYS, (1, HEADS, 1, 2), generator=random)),
+        "top": lambda: TopKeys(3, rand(1, HEADS, ROWS, 3), 0.7) if draw(st.booleans()) else TopKeys(3),
         "uniform": lambda: Uniform(rand(1, HEADS, ROWS) < 0.3),
         "weights": lambda: GroupWeights(rand(1, HEADS, 1, 2), renormalise=draw(st.booleans())),
         "move": lambda: Redistribute((0,), (1,), draw(st.floats(0, 1)), (0, 1), (1,)),
@@ -92,6 +94,7 @@ def idle(draw: st.DrawFn) -> Edit:
                 Temperature(3.0, nothing), Boost(torch.zeros(1, 1, 1, 2, dtype=F64)), Uniform(nothing), SinkWindow(0, 1, nothing),
                 GroupWeights(torch.ones(1, 1, 1, 2, dtype=F64), renormalise=True), Redistribute((0,), (1,), 0.0, (0, 1), (1,)),
                 Redistribute((0,), (1,), 1.0, (0, 1), (1,), where=nothing), DropKeys(torch.full((1, 1, 1, 3), -1)),
+                TopKeys(2, torch.zeros(1, 1, 1, 2, dtype=F64)), TopKeys(1, where=nothing),
                 Threshold(torch.full((1, 1, 1), -torch.inf, dtype=F64)),
             ]
         )
@@ -132,7 +135,7 @@ def test_edits_of_different_stages_commute(a: Edit, b: Edit, seed: int) -> None:
 
     stages = [{STAGES[type(op)] for op in edit.operations} for edit in (a, b)]
     # Restrictions are an intersection and gains and temperatures factors: of these, order does not matter either.
-    free = {0, 1, 2, 5}
+    free = {0, 1, 2, 6}
     if (stages[0] & stages[1]) - free:
         return
     alike(combine(a, b), combine(b, a), given_call(seed))

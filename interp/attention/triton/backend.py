@@ -28,11 +28,12 @@ from interp.attention.edits import (
     Redistribute,
     SinkWindow,
     Threshold,
+    TopKeys,
     Uniform,
 )
 from interp.attention.kinds import LONGER, SHORT, Short
 from interp.attention.readouts import Readings, Readout
-from interp.attention.triton import tiles
+from interp.attention.triton import ranked, tiles
 from interp.attention.triton.counting import received_rows
 from interp.attention.triton.decoding import Decoding, supports_decode
 from interp.attention.triton.devices import interpreted, unusable
@@ -70,11 +71,14 @@ def supports(call: Call) -> str | None:
     for kind in ONE_OF:
         if len(call.edit.of(kind)) > 1:
             return f"it takes one {kind.__name__} at a time"
-    return lacks_gradient(call) if call.needs_grad else None
+    lacking = ranked.lacks(call)
+    return lacks_gradient(call) if lacking is None and call.needs_grad else lacking
 
 
 def run(call: Call) -> tuple[Tensor | None, Readings]:
     """z ``[B, Lq, H, Dv]`` in q's dtype (None where not wanted) and the readings."""
+    if call.edit.of(TopKeys):
+        return ranked.run(call)
     recording = torch.is_grad_enabled()
     if recording and call.needs_grad and call.want_output:
         return differentiable(call), Readings()
