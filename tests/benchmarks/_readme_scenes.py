@@ -73,7 +73,9 @@ def smol(content: dict[str, Any]) -> list[str]:
     return [
         (
             f"**SmolLM2-135M-Instruct**: {n} needles, {books} closed-book questions as control; heads found on {found['n']} other needles "
-            f"({found['top'].split(', ')[0]} first); methods act on the rows that produce the answer."
+            f"({found['top'].split(', ')[0]} first); methods act on the rows that produce the answer. DoLa is scored without its "
+            "cutoff, below which a forced token would have probability 0: unlikely tokens then have the largest contrast, and its "
+            "row says little."
         ),
         "",
         *table(header, body),
