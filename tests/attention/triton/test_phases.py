@@ -69,7 +69,8 @@ def agree(got: Any, wanted: Any, *names: str) -> None:
 )
 def test_redistribution_of_runs(mask: str, layout: str) -> None:
     move = Redistribute((0,), (2,), 0.6, (0, 2), (2,), summ=0.05, rho=0.2)
-    given = {**operands(), "mask": MASKS[mask], "edit": Edit((move,), LAYOUTS[layout], n_groups=3)}
+    groups = LAYOUTS[layout]
+    given = {**operands(len(groups)), "mask": MASKS[mask], "edit": Edit((move,), groups, n_groups=3)}
     plain = attend(**{**given, "edit": None}, backend="reference").output
     wanted = attend(**given, backend="reference")
     agree(attend(**given, backend="triton"), wanted)

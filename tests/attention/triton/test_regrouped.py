@@ -12,15 +12,14 @@ from interp.attention import Edit, Gain, Mask, Redistribute, attend, combine, ki
 from interp.attention.triton import backend
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BATCH, ROWS, KEYS = 2, 40, 56
+BATCH, ROWS, KEYS = 2, 20, 28
 
 
 def rand(*shape: int) -> torch.Tensor:
     return torch.rand(shape, device=DEVICE)
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("batch", [1, BATCH])
+@pytest.mark.parametrize(("batch", "mode"), [(1, torch.no_grad), (BATCH, torch.inference_mode)])
 def test_layers_differ_in_their_groups_and_share_the_rest(
     batch: int, mode: type[AbstractContextManager[None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -41,10 +40,10 @@ def test_layers_differ_in_their_groups_and_share_the_rest(
     mask = Mask(causal=True, q_offset=KEYS - ROWS)
     outputs = []
     with mode():
-        for layer in range(4):
+        for layer in range(3):
             q, k, v = rand(BATCH, 4, ROWS, 16), rand(BATCH, 2, KEYS, 16), rand(BATCH, 2, KEYS, 24)
             groups = (4 * rand(batch, KEYS)).to(torch.int8)
-            if layer == 2:
+            if layer == 1:
                 groups = torch.full_like(groups, 3)  # nothing to move
             edit = family.regrouped(groups)
             given: dict[str, Any] = {"scale": 0.4, "mask": mask, "edit": combine(edit, gain)}
