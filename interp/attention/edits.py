@@ -11,7 +11,7 @@ positions (see :class:`~interp.attention.mask.Mask`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
 
 from torch import Tensor
@@ -225,7 +225,7 @@ class Edit:
     n_groups: int | None = None
 
     family: ClassVar[Edit | None] = None
-    """The edit that this one is, but for its key groups, where :meth:`regrouped` made it."""
+    """The edit that this one is, but for its key groups or draws, where :meth:`regrouped` or :meth:`redrawn` made it."""
 
     def __post_init__(self) -> None:
         ordered = tuple(sorted(self.operations, key=lambda op: STAGES.get(type(op), len(STAGES))))
@@ -239,6 +239,13 @@ class Edit:
         """
         made = object.__new__(Edit)
         vars(made).update(vars(self), groups=groups, family=self)
+        return made
+
+    def redrawn(self, draws: Tensor) -> Edit:
+        """The same with other draws, of the same shape, for its only operation, a :class:`TopKeys`."""
+        (op,) = self.operations
+        made = object.__new__(Edit)
+        vars(made).update(vars(self), operations=(replace(op, draws=draws),), family=self)  # pyright: ignore[reportCallIssue]
         return made
 
     def of(self, *kinds: type[T]) -> list[T]:

@@ -101,7 +101,10 @@ class TopKMask(HeadPolicy):
             return self.kept(call, "keep", lambda: Edit((TopKeys(self.k, where=where),)), of=(where,))
         if self.sampling == "top":
             return self.kept(call, "top", lambda: self._drops(_by_rank(self.k, call.q.device), where), of=(where,))
-        return self._drops(self._draws(call), where)
+        draws = self._draws(call)
+        # Tokens and layers differ in their draws alone, so that one of them is checked for all.
+        family = self.kept(call, ("drawn", draws.shape), lambda: self._drops(draws, where), of=(where,))
+        return family.redrawn(draws)
 
     def lasting(self, call: SiteCall) -> Lasting | None:
         drawn = self.mode == "drop" and self.sampling != "top"

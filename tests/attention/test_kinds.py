@@ -19,6 +19,7 @@ from interp.attention import (
     Mask,
     Readout,
     Redistribute,
+    TopKeys,
     attend,
     is_neutral,
     kinds,
@@ -212,3 +213,21 @@ def test_layers_that_differ_in_their_groups_are_checked_once(monkeypatch: pytest
                 )
                 torch.testing.assert_close(got, wanted)
     assert checked == 4  # both backends, with and without a readout
+
+
+def test_other_draws_are_checked_once_and_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    from interp.attention import api
+
+    checked: list[str] = []
+    real = api.validate
+    monkeypatch.setattr(api, "validate", lambda *args, **options: (checked.append(""), real(*args, **options)))
+    given = operands(9)
+    random = torch.Generator().manual_seed(0)
+    draws = [torch.rand(1, 2, 9, 4, generator=random) for _ in range(3)]
+    family = Edit((TopKeys(4, draws[0], 0.5),))
+    got = [attend(**given, edit=family.redrawn(each), backend="blockwise").output for each in draws]
+    assert len(checked) == 1
+    for each, output in zip(draws, got, strict=True):
+        wanted = attend(**given, edit=Edit((TopKeys(4, each, 0.5),)), backend="reference").output
+        torch.testing.assert_close(output, wanted)
+    assert not torch.equal(got[0], got[1])  # pyright: ignore[reportArgumentType]
