@@ -8,15 +8,14 @@ and what the run shows overrides what the attributes say.
 
 from __future__ import annotations
 
-import inspect
 import re
-import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+from interp.models.module_walk import Places, Walk, Walked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,6 +23,14 @@ if TYPE_CHECKING:
 OUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "proj", "o", "projection", "projection_layer", "wo")
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_key_value_heads_total")
 CONFIG_HEAD_COUNTS = ("num_attention_heads", "num_heads", "n_head", "encoder_attention_heads", "attention_heads")
+KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads")
+GROUPS = ("num_key_value_groups", "n_rep")
+WIDTHS = ("embed_dim", "hidden_size", "dim", "all_head_size", "inner_dim")
+CONFIG_WIDTHS = ("hidden_size", "d_model")
+HEAD_DIMS = ("qk_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
+V_HEAD_DIMS = ("v_head_dim",)
+ASKED = frozenset((*OUT_PROJECTIONS, *HEAD_COUNTS, *KV_HEAD_COUNTS, *GROUPS, *WIDTHS, *HEAD_DIMS, *V_HEAD_DIMS))
+Shape = tuple[int, int, int, int, str | None]
 
 
 class AnatomyError(ValueError):
@@ -144,66 +151,43 @@ def anatomy(model: Any, inputs: Mapping[str, Any] | None = None) -> Anatomy:
     from interp.models.model import unwrap
 
     module = unwrap(model)
-    found: list[tuple[str, nn.Module]] = [(name, sub) for name, sub in module.named_modules() if dispatches(type(sub))]
-    described = _place(module, found)
+    walk = Walk(module)
+    described = _place(module, walk.sites)
     if inputs is not None:
         from interp.models.dryrun import confirm
 
         described = confirm(module, described, inputs)
-    n_layers, without = _layer_lists(module, described)
-    return Anatomy(type(module).__name__, tuple(described), n_layers, _unreached(module, described), without)
+    n_layers, without = _layer_lists(walk, described)
+    return Anatomy(type(module).__name__, tuple(described), n_layers, walk.unreached(), without)
 
 
-@cache
-def dispatches(cls: type) -> bool:
-    """Does a method of ``cls`` itself ask the attention interface for a function?"""
-    if not issubclass(cls, nn.Module) or cls.__module__.startswith("torch."):
-        return False
-    return any(_names_interface(inspect.unwrap(member)) for member in _methods(cls))
-
-
-def _methods(cls: type) -> Iterable[Any]:
-    for base in cls.__mro__:
-        if base.__module__.startswith(("torch.", "builtins")) or base.__name__ == "PreTrainedModel":
-            continue
-        yield from (member for member in vars(base).values() if isinstance(member, types.FunctionType))
-
-
-def _names_interface(function: Any) -> bool:
-    code = getattr(function, "__code__", None)
-    pending = [code] if code is not None else []
-    while pending:
-        current = pending.pop()
-        if "ALL_ATTENTION_FUNCTIONS" in current.co_names:
-            return True
-        pending.extend(c for c in current.co_consts if isinstance(c, types.CodeType))
-    return False
-
-
-def _place(module: PreTrainedModel, found: list[tuple[str, nn.Module]]) -> list[Site]:
+def _place(module: PreTrainedModel, found: list[Walked]) -> list[Site]:
     """Give every site its stack and layer, then its shapes."""
-    placed: list[tuple[str, nn.Module, str, str, list[tuple[str, int]]]] = []
-    for name, sub in found:
-        indices = _indices(module, name)
-        container = indices[0][0] if indices else name.rpartition(".")[0]
-        placed.append((name, sub, _stack_kind(module, name, sub), container, indices))
-    names = _stack_names([(kind, container) for _, _, kind, container, _ in placed])
-    sites: list[Site] = []
+    placed: list[tuple[Walked, str, str, bool]] = []
+    # Paths that differ in numbers alone, of one class in one owner, are of one kind.
+    kinds: dict[tuple[str, type, int, bool], tuple[str, bool]] = {}
+    for here in found:
+        declared = getattr(here.module, "is_cross_attention", None)
+        key = re.sub(r"\d+", "#", here.name), type(here.module), id(here.owner), isinstance(declared, bool) and declared
+        if key not in kinds:
+            cross = _is_cross(here.name, here.module)
+            kinds[key] = _stack_kind(module, here, cross), cross
+        container = here.places[0][0] if here.places else here.name.rpartition(".")[0]
+        placed.append((here, kinds[key][0], container, kinds[key][1]))
+    names = _stack_names([(kind, container) for _, kind, container, _ in placed])
+    sites: dict[str, Site] = {}
+    shapes = _Shapes()
     for key, stack in names.items():
-        members = [p for p in placed if (p[2], p[3]) == key]
-        layers = _layers([indices for *_, indices in members])
-        sites.extend(_describe(name, sub, stack, layer) for (name, sub, *_), layer in zip(members, layers, strict=True))
-    order = {name: n for n, (name, _) in enumerate(found)}
-    return sorted(sites, key=lambda site: order[site.name])
+        members = [(here, cross) for here, kind, container, cross in placed if (kind, container) == key]
+        layers = _layers([here.places for here, _ in members])
+        for (here, cross), layer in zip(members, layers, strict=True):
+            n_heads, n_kv, head_dim, v_dim, out_proj = shapes.of(here.module)
+            causal = bool(getattr(here.module, "is_causal", False))
+            sites[here.name] = Site(here.name, stack, layer, n_heads, n_kv, head_dim, v_dim, causal, cross, out_proj)
+    return [sites[here.name] for here in found]
 
 
-def _indices(module: nn.Module, name: str) -> list[tuple[str, int]]:
-    """The layer lists on the way to a module: (path of the list, index in it)."""
-    parts = name.split(".")
-    return [(".".join(parts[:n]), int(part)) for n, part in enumerate(parts) if part.isdigit()]
-
-
-def _layers(indices: list[list[tuple[str, int]]]) -> list[int]:
+def _layers(indices: list[Places]) -> list[int]:
     """The layer of each site: the first index that tells the sites of the stack apart, else the running number."""
     depth = min((len(i) for i in indices), default=0)
     for level in range(depth):
@@ -231,25 +215,16 @@ def _stack_names(keys: list[tuple[str, str]]) -> dict[tuple[str, str], str]:
     return names
 
 
-def _stack_kind(module: PreTrainedModel, name: str, sub: nn.Module) -> str:
-    from transformers import PreTrainedModel
-
-    path = name.lower()
-    cross = _is_cross(name, sub)
-    if "qformer" in path or "qformer" in type(sub).__name__.lower():
+def _stack_kind(module: PreTrainedModel, here: Walked, cross: bool) -> str:
+    path = here.name.lower()
+    if "qformer" in path or "qformer" in type(here.module).__name__.lower():
         return "qformer_cross" if cross else "qformer"
     if cross:
         return "cross"
-    owner: Any = module
-    walked: Any = module
-    owner_path = ""
-    for n, part in enumerate(name.split(".")):
-        walked = getattr(walked, part)
-        if isinstance(walked, PreTrainedModel):
-            owner, owner_path = walked, ".".join(name.split(".")[: n + 1]).lower()
+    owner: Any = here.owner
     source = getattr(owner, "main_input_name", "input_ids")
     model_type = str(getattr(owner.config, "model_type", ""))
-    says = f"{owner_path} {model_type} {type(owner).__name__.lower()}"
+    says = f"{here.owner_path.lower()} {model_type} {type(owner).__name__.lower()}"
     if re.search(r"audio|whisperencoder|speech", says) or source in ("input_features", "input_values"):
         if "decoder" not in path:
             return "audio"
@@ -269,76 +244,74 @@ def _is_cross(name: str, sub: nn.Module) -> bool:
     return bool(re.search(r"cross|encoder_attn|encdec", f"{name} {type(sub).__name__}".lower()))
 
 
-def _describe(name: str, sub: nn.Module, stack: str, layer: int) -> Site:
+class _Shapes:
+    """Heads, key-value heads, head dim, value dim and output projection of the sites of one model.
+
+    Asking for an attribute that a module lacks is slow, and a site is asked for some thirty. Sites that hold the same of what
+    is asked for, under one config, are of one shape, unless their class has attributes of its own making.
+    """
+
+    def __init__(self) -> None:
+        self._plain: dict[type, bool] = {}
+        self._known: dict[Any, Shape] = {}
+
+    def of(self, sub: nn.Module) -> Shape:
+        cls = type(sub)
+        plain = self._plain.get(cls)
+        if plain is None:
+            usual = cls.__getattr__ is nn.Module.__getattr__ and cls.__getattribute__ is object.__getattribute__
+            plain = self._plain[cls] = usual and not any(hasattr(cls, name) for name in ASKED)
+        if not plain:
+            return _read_shape(sub)
+        held = vars(sub)
+        own = tuple((name, _number(held[name]), isinstance(held[name], nn.Module)) for name in held if name in ASKED)
+        registered: dict[str, nn.Module | None] = sub._modules  # pyright: ignore[reportPrivateUsage]
+        parts = tuple(name for name, part in registered.items() if part is not None)
+        key = cls, id(getattr(sub, "config", None)), own, parts
+        if key not in self._known:
+            self._known[key] = _read_shape(sub)
+        return self._known[key]
+
+
+def _read_shape(sub: nn.Module) -> Shape:
     config: Any = getattr(sub, "config", None)
     n_heads = _first(sub, HEAD_COUNTS) or _first(config, CONFIG_HEAD_COUNTS) or 0
-    groups = _first(sub, ("num_key_value_groups", "n_rep"))
-    n_kv = _first(sub, ("num_key_value_heads", "num_kv_heads"))
+    groups = _first(sub, GROUPS)
+    n_kv = _first(sub, KV_HEAD_COUNTS)
     if n_kv is None:
         n_kv = n_heads // groups if groups else n_heads
-    width = (
-        _first(sub, ("embed_dim", "hidden_size", "dim", "all_head_size", "inner_dim"))
-        or _first(config, ("hidden_size", "d_model"))
-        or 0
-    )
-    head_dim = _first(sub, ("qk_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim", "head_size"))
+    width = _first(sub, WIDTHS) or _first(config, CONFIG_WIDTHS) or 0
+    head_dim = _first(sub, HEAD_DIMS)
     head_dim = head_dim or (width // n_heads if n_heads else 0)
-    causal = bool(getattr(sub, "is_causal", False))
     out_proj = next((p for p in OUT_PROJECTIONS if isinstance(getattr(sub, p, None), nn.Module)), None)
-    v_dim = _first(sub, ("v_head_dim",)) or head_dim
-    return Site(name, stack, layer, n_heads, n_kv, head_dim, v_dim, causal, _is_cross(name, sub), out_proj)
+    return n_heads, n_kv, head_dim, _first(sub, V_HEAD_DIMS) or head_dim, out_proj
 
 
 def _first(owner: Any, names: tuple[str, ...]) -> int | None:
-    for name in names:
-        value = getattr(owner, name, None)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-    return None
+    return next((n for n in (_number(getattr(owner, name, None)) for name in names) if n is not None), None)
 
 
-def _layer_lists(module: nn.Module, sites: list[Site]) -> tuple[dict[str, int], dict[str, tuple[int, ...]]]:
+def _number(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _layer_lists(walk: Walk, sites: list[Site]) -> tuple[dict[str, int], dict[str, tuple[int, ...]]]:
     n_layers: dict[str, int] = {}
     without: dict[str, tuple[int, ...]] = {}
-    held = {site.name for site in sites}
-    for stack in dict.fromkeys(site.stack for site in sites):
-        mine = [site for site in sites if site.stack == stack]
-        lists = [i[0] for i in (_indices(module, s.name) for s in mine) if i]
-        own = [path for path, index in lists]
-        length = max(site.layer for site in mine) + 1
-        members: nn.Module | None = None
-        if own:
-            members = module.get_submodule(own[0])
-            if isinstance(members, nn.ModuleList | nn.Sequential) and len(members) >= length:
-                length = len(members)
-        n_layers[stack] = length
-        if isinstance(members, nn.ModuleList | nn.Sequential) and not mine[0].cross:
-            empty = [
-                n
-                for n, layer in enumerate(members)
-                if not any(f"{own[0]}.{n}.{name}" in held for name, _ in layer.named_modules())
-            ]
+    places = {here.name: here.places for here in walk.sites}
+    holding = {place for found in places.values() for place in found}
+    stacks: dict[str, list[Site]] = {}
+    for site in sites:
+        stacks.setdefault(site.stack, []).append(site)
+    for stack, mine in stacks.items():
+        own = next((places[site.name][0][0] for site in mine if places[site.name]), None)
+        members = None if own is None else walk.lists.get(own)
+        n_layers[stack] = max(max(site.layer for site in mine) + 1, 0 if members is None else len(members))
+        if members is not None and not mine[0].cross:
+            empty = tuple(n for n in range(len(members)) if (own, n) not in holding)
             if empty:
-                without[stack] = tuple(empty)
+                without[stack] = empty
     return n_layers, without
-
-
-def _unreached(module: nn.Module, sites: list[Site]) -> tuple[str, ...]:
-    """Modules that look like attention, hold weights of their own and neither contain nor lie in a site."""
-    names = [site.name for site in sites]
-    missing: list[str] = []
-    for name, sub in module.named_modules():
-        looks = isinstance(sub, nn.MultiheadAttention) or re.search(r"Attention|SelfAttn", type(sub).__name__)
-        if not looks or (
-            re.search(r"Linear[A-Z]|Pool$", type(sub).__name__) and not isinstance(sub, nn.MultiheadAttention)
-        ):
-            continue
-        if any(s == name or s.startswith(f"{name}.") or name.startswith(f"{s}.") for s in names):
-            continue
-        if any(entry.split(" ")[0] and name.startswith(entry.split(" ")[0] + ".") for entry in missing):
-            continue
-        missing.append(f"{name} ({type(sub).__name__})")
-    return tuple(missing)
 
 
 def with_shapes(site: Site, **changes: Any) -> Site:

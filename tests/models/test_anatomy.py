@@ -1,8 +1,12 @@
 """Every family's sites are where the models really have them, and a run confirms their shapes."""
 
+from typing import Any
+
 import pytest
+from torch import nn
 
 import interp
+from interp.models.module_walk import Walk
 from interp.testing import build, families
 
 
@@ -29,3 +33,42 @@ def test_what_is_not_reached_is_named(name):
     shape = interp.anatomy(specimen.module)
     assert not shape.sites
     assert bool(shape.unreached) == (name != "mamba")
+
+
+def test_a_module_replaced_between_two_calls_is_seen() -> None:
+    module = build("llama").module
+    before = interp.anatomy(module)
+    name = before.sites[0].name
+    parent, _, key = name.rpartition(".")
+    second: Any = module.get_submodule(before.sites[1].name)
+    second.num_key_value_groups *= 2
+    setattr(module.get_submodule(parent), key, nn.MultiheadAttention(4, 2))
+    after = interp.anatomy(module)
+    assert after.sites[0].name == before.sites[1].name
+    assert after.sites[0].n_kv_heads * 2 == before.sites[1].n_kv_heads
+    assert after.without_softmax == {"text": (0,)}
+    assert after.unreached == (f"{name} (MultiheadAttention)",)
+
+
+def test_a_site_that_is_a_member_of_its_layer_list_fills_the_layer() -> None:
+    module = build("llama").module
+    layers = module.model.layers
+    module.model.layers = nn.ModuleList([layer.self_attn for layer in layers])
+    shape = interp.anatomy(module)
+    assert [site.layer for site in shape.sites] == list(range(len(layers)))
+    assert shape.n_layers == {"text": len(layers)}
+    assert not shape.without_softmax
+
+
+@pytest.mark.parametrize("name", ["llava", "mllama", "whisper"])
+def test_the_walk_meets_modules_as_named_modules_does(name: str) -> None:
+    module = build(name).module
+    module.again = nn.ModuleList([next(m for m in module.modules() if isinstance(m, nn.ModuleList))])
+    walk = Walk(module)
+    order = [path for path, _ in module.named_modules()]
+    seen = [w.name for w in walk.sites]
+    assert seen == [path for path in order if path in set(seen)]
+    assert list(walk.lists) == [p for p, m in module.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
+    for site in walk.sites:
+        assert module.get_submodule(site.name) is site.module
+        assert module.get_submodule(site.owner_path) is site.owner
