@@ -11,9 +11,10 @@ from torch import Tensor
 from interp.attention.edits import Redistribute
 from interp.attention.readouts import Distances
 from interp.attention.triton import configs
+from interp.attention.triton.group_tiles import GroupTiles, group_table
 from interp.attention.triton.launching import Arguments, Launch, placeholder
 from interp.attention.triton.rows import rows_kernel
-from interp.attention.triton.summing import SumBlocks, SumParts, block_table, moved_tiles, spans
+from interp.attention.triton.summing import SumBlocks, SumParts, spans
 from interp.attention.triton.tables import Tables, per_row, strides, visible_lists
 
 
@@ -124,14 +125,21 @@ class Pass:
         groups = wanted.groups if a["MASS"] or wanted.by_group else None
         a.update(
             groups_ptr=nothing if groups is None else groups, groups_b=0 if groups is None else strides(groups, 1)[0],
-            GROUPS=groups is not None, **block_table(groups if a["MASS"] else None, config.bn, nothing),
+            GROUPS=groups is not None,
         )  # fmt: skip
-        edit_groups: Tensor = a["edit_groups_ptr"]
-        edit_table = block_table(edit_groups if a["EDIT_GROUPS"] else None, config.bn, nothing)
-        a.update(edit_table_ptr=edit_table["table_ptr"], edit_table_b=edit_table["table_b"])
-        if wanted.move is not None and groups is not None:
-            a.update(_of_groups(groups, config.bn, a["SOURCE"], a["TARGET"]))
-            a.update(moved_b=strides(a["moved_ptr"], 1)[0])
+        self.group_tiles: GroupTiles | None = None
+        self.of_groups: dict[str, Tensor] = {}
+        if wanted.move is not None:
+            assert groups is not None
+            self.group_tiles = GroupTiles(groups, config.bn, a["SOURCE"], a["TARGET"])
+            self.of_groups = _of_groups(groups, self.group_tiles)
+            table_b = strides(self.of_groups["table_ptr"], 1)[0]
+            a.update(self.of_groups, table_b=table_b, edit_table_b=table_b)
+        else:
+            a.update(group_table(groups if a["MASS"] else None, config.bn, nothing))
+            edit_groups: Tensor = a["edit_groups_ptr"]
+            edit_table = group_table(edit_groups if a["EDIT_GROUPS"] else None, config.bn, nothing)
+            a.update(edit_table_ptr=edit_table["table_ptr"], edit_table_b=edit_table["table_b"])
         if lists:
             table = visible_lists(call, config.bm, config.bn, device)
             a.update(lists_ptr=table, list_h=strides(table, 1)[0], list_q=table.stride(1))
@@ -150,8 +158,6 @@ class Pass:
         live |= {f"{x}_ptr" for x, used in (("sinks", a["SINKS"]), ("bias", a["BIAS"])) if used}
         live |= {"lse_ptr"} if wanted.given else set()
         live |= {"weight_ptr"} if wanted.weights else set()
-        self.of_groups = {} if wanted.move is None else {name: a[name] for name in OF_GROUPS}
-        self.bn, self.bits = config.bn, (a["SOURCE"], a["TARGET"])
         live |= self.of_groups.keys()
         self.live = live
         fixed = {name: value for name, value in a.items() if name not in live}
@@ -233,7 +239,8 @@ class Pass:
         live: dict[str, Tensor] = {"q_ptr": x.q, "k_ptr": x.k, "v_ptr": x.v, **made}
         given = {"sinks_ptr": x.sinks, "bias_ptr": x.bias, "lse_ptr": x.lse, "weight_ptr": x.weights}
         live.update({name: t for name, t in given.items() if name in self.live and name not in made and t is not None})
-        live.update(self.of_groups if x.groups is None else _of_groups(x.groups, self.bn, *self.bits))
+        if self.group_tiles is not None:
+            live.update(self.of_groups if x.groups is None else _of_groups(x.groups, self.group_tiles))
         if x.weights is not None and self.wanted.weights:
             # Their strides follow from which axes are 1 wide, which an operation's own tensors decide once and for all.
             sizes = {k: v for k, v in per_row("weight", x.weights, x.weights).items() if k != "weight_ptr"}
@@ -254,30 +261,16 @@ class Pass:
         return out
 
 
-OF_GROUPS = ("groups_ptr", "table_ptr", "edit_groups_ptr", "edit_table_ptr", "moved_ptr")
-"""What of a redistribution's arguments follows from its key groups: layers may differ in these alone."""
-
-
-def _of_groups(groups: Tensor, bn: int, source: int, target: int) -> dict[str, Tensor]:
-    table: Tensor = block_table(groups, bn, groups)["table_ptr"]
-    moved = moved_tiles(groups, table, source, target, bn)
-    return dict(zip(OF_GROUPS, (groups, table, groups, table, moved), strict=True))
+def _of_groups(groups: Tensor, tiles: GroupTiles) -> dict[str, Tensor]:
+    """What of a redistribution's arguments follows from its key groups: layers may differ in these alone."""
+    table = tiles(groups)
+    return {"groups_ptr": groups, "table_ptr": table, "edit_groups_ptr": groups, "edit_table_ptr": table}
 
 
 def _move(a: Arguments, shared: Tables, wanted: Wanted) -> None:
     """Arguments of a redistribution: its sets of groups as bits, its fraction by row."""
     nothing, op = placeholder(shared.device), wanted.move
-    a.update(
-        MOVE=op is not None,
-        SOURCE=0,
-        TARGET=0,
-        GATE_MASS=0,
-        GATE_SHARE=0,
-        summ=0.0,
-        rho=0.0,
-        moved_ptr=nothing,
-        moved_b=0,
-    )
+    a.update(MOVE=op is not None, SOURCE=0, TARGET=0, GATE_MASS=0, GATE_SHARE=0, summ=0.0, rho=0.0)
     a.update(per_row("fraction", None, nothing))
     if op is None:
         return

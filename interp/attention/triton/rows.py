@@ -42,7 +42,7 @@ RUNNING_INTS = [
     "bias_b", "bias_h", "bias_q", "dense_b", "dense_h", "dense_q", "padding_b", "threshold_b", "threshold_h", "threshold_q",
     "beta_b", "beta_h", "beta_q", "weight_b", "weight_h", "weight_q", "drop_b", "drop_h", "drop_q", "sw_h", "sw_window_h",
     "blocks_h", "blocks_q", "near_h", "near_qb", "near_kb", "edit_groups_b", "groups_b", "query_groups_b", "list_h",
-    "list_q", "first_b", "table_b", "edit_table_b", "fraction_b", "fraction_h", "fraction_q", "moved_b", "pool_h", "pool_q",
+    "list_q", "first_b", "table_b", "edit_table_b", "fraction_b", "fraction_h", "fraction_q", "pool_h", "pool_q",
     "part_rows", "first_block", "map_h", "query_places_b", "key_places_b",
 ]  # fmt: skip
 """Arguments whose value must not choose a specialisation: lengths and strides that change from call to call."""
@@ -71,7 +71,7 @@ def rows_kernel(
     weight_ptr, weight_b, weight_h, weight_q,
     groups_ptr, groups_b, table_ptr, table_b,
     query_groups_ptr, query_groups_b,
-    fraction_ptr, fraction_b, fraction_h, fraction_q, moved_ptr, moved_b, summ, rho,
+    fraction_ptr, fraction_b, fraction_h, fraction_q, summ, rho,
     top_weight_ptr, top_key_ptr, entropy_ptr, mass_ptr, share_ptr, topk_weight_ptr, topk_key_ptr,
     part_ptr, part_rows, first_block, pool_ptr, pool_h, pool_q, map_ptr, map_h,
     query_places_ptr, query_places_b, key_places_ptr, key_places_b, distance_ptr, distance_mass_ptr,
@@ -229,8 +229,9 @@ def rows_kernel(
         uniform = row_ok
 
     if MOVE:
-        moved_at = moved_ptr + b * moved_b
         n_tiles = tl.cdiv(n_keys, BN)
+        # What moves lies behind the groups of tiles, see GroupTiles.
+        moved_at = table_ptr + b * table_b + 2 * n_tiles + 1
         run_lo = 0
         run_hi = 0
         kept_acc = acc

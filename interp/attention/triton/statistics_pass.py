@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from interp.attention.triton import configs
+from interp.attention.triton.group_tiles import group_table
 from interp.attention.triton.launching import Arguments, Launch, placeholder
 from interp.attention.triton.passes import Buffer, Live, Wanted
 from interp.attention.triton.statistics import mass_kernel, statistics_kernel
-from interp.attention.triton.summing import SumBlocks, SumParts, block_table, spans
+from interp.attention.triton.summing import SumBlocks, SumParts, spans
 from interp.attention.triton.tables import Tables, strides
 
 SLAB = 16
@@ -138,7 +139,7 @@ class MassPass:
         fixed = {
             **common, "SINKS": sinks, "groups_ptr": nothing if groups is None else groups,
             "groups_b": 0 if groups is None else strides(groups, 1)[0], "GROUPS": groups is not None,
-            "N_GROUPS": wanted.n_groups, **block_table(groups, config.bn, nothing),
+            "N_GROUPS": wanted.n_groups, **group_table(groups, config.bn, nothing),
         }  # fmt: skip
         if not sinks:
             fixed["sinks_ptr"] = nothing

@@ -1,4 +1,4 @@
-"""Tables of key groups by tile, partial sums, and what a prepared launch holds on to."""
+"""Partial sums, and what a prepared launch holds on to."""
 
 from __future__ import annotations
 
@@ -13,51 +13,9 @@ pytest.importorskip("triton")
 
 from interp.attention import Edit, GroupWeights, Mask, Readout, Redistribute, attend, kinds, sdpa
 from interp.attention.triton import backend, summing
-from interp.attention.triton.launching import Launch, placeholder
-from interp.attention.triton.summing import block_table, moved_tiles
+from interp.attention.triton.launching import Launch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def table(numbers: list[int], bn: int) -> list[int]:
-    groups = torch.tensor([numbers], dtype=torch.int8, device=DEVICE)
-    return block_table(groups, bn, placeholder(DEVICE))["table_ptr"][0].tolist()
-
-
-def test_the_table_of_tiles_by_hand() -> None:
-    # Tiles of 2: [0 0] [0 1] [1 1] [1 1] [2]; group 1 has most tiles.
-    assert table([0, 0, 0, 1, 1, 1, 1, 1, 2], 2) == [0, -2, 1, 1, 2, 1, -2, -1, 2, 1, -1]
-    # Nobody's keys (-1) are a group of their own here; of equals the lowest is the rest.
-    assert table([-1, -1, 3, 3, 0, 0], 2) == [-1, 3, 0, 0, -2, -1, 1]
-    assert table([5], 4) == [5, 5, 1]
-
-
-def test_tiles_whose_mass_moves_by_hand() -> None:
-    groups = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2, -1, -1]], dtype=torch.int8, device=DEVICE)
-    tiles = block_table(groups, 2, placeholder(DEVICE))["table_ptr"]
-    moved = moved_tiles(groups, tiles, 0b001, 0b100, 2)[0].tolist()
-    assert moved[:6] == [0, 1, 2, 2, 3, 3]
-    assert moved[6:9] == [0, 1, 3]
-
-
-def test_runs_longer_than_a_short_integer() -> None:
-    bn, n_tiles = 16, 40_000
-    groups = torch.ones(1, n_tiles * bn, dtype=torch.int8, device=DEVICE)
-    groups[:, :5] = 0
-    found = block_table(groups, bn, placeholder(DEVICE))["table_ptr"][0]
-    assert found.dtype == torch.int32
-    assert found[[0, 1, n_tiles, n_tiles + 1, n_tiles + 2]].tolist() == [-2, 1, 1, -1, n_tiles - 1]
-    groups[:, 5:] = 0  # noticed, although the table is kept on the tensor
-    assert block_table(groups, bn, placeholder(DEVICE))["table_ptr"][0, n_tiles + 1] == n_tiles
-
-
-def test_nothing_is_kept_on_groups_made_in_inference_mode() -> None:
-    with torch.inference_mode():
-        groups = torch.tensor([[0, 0, 1, 1]], dtype=torch.int8, device=DEVICE)
-        assert block_table(groups, 2, placeholder(DEVICE))["table_ptr"][0, :2].tolist() == [0, 1]
-        groups[:] = 1
-        assert block_table(groups, 2, placeholder(DEVICE))["table_ptr"][0, :2].tolist() == [1, 1]
-        assert not [name for name in vars(groups) if name.startswith("_interp")]
 
 
 def operands(batch: int = 2, heads: int = 2, n: int = 40) -> dict[str, Any]:
