@@ -101,9 +101,10 @@ def attend(
     family = edit.family if isinstance(edit, Edit) else None
     groups = None if family is None else edit.groups
     rest = (
-        id(mask), id(readout), scale, softcap, backend, want_output, torch.is_grad_enabled(), kinds.shape_of(q), kinds.shape_of(k),
-        kinds.shape_of(v), kinds.shape_of(sinks), kinds.shape_of(bias), kinds.shape_of(lse),
-    ) if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor) else ()  # fmt: skip
+        _rest(q, k, v, scale, mask, readout, (softcap, backend, want_output), (sinks, bias, lse))
+        if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
+        else ()
+    )
     key = of_family = (id(edit if family is None else family), kinds.shape_of(groups), *rest)
     kind = kinds.known(key)
     if kind is not None and (short := kind.short) is not None:
@@ -154,6 +155,30 @@ def attend(
     if kind.short is not None and growing is not None:
         kinds.remember(growing, kind)
     return Attended(output, readings)
+
+
+def shortcut(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Mask, edit: Edit, backend: str = "auto"
+) -> kinds.Short | None:
+    """The way that :func:`attend` has just found for this very call and will take when it comes again, None where it looks anew.
+
+    For callers who know that their next calls have operands of the same shapes, strides, dtypes and device, the same mask and
+    an edit of the same family: they save asking.
+    """
+    family, groups = (edit, None) if edit.family is None else (edit.family, edit.groups)
+    nothing = (None, None, None)
+    rest = _rest(q, k, v, scale, mask, NO_READOUT, (None, backend, True), nothing)
+    kind = kinds.known((id(family), kinds.shape_of(groups), *rest))
+    return None if kind is None else kind.short
+
+
+def _rest(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Mask, readout: Readout, plain: tuple[Any, ...],
+    others: tuple[Tensor | None, ...],
+) -> tuple[Any, ...]:  # fmt: skip
+    """What calls of one kind share beside their edit."""
+    of = kinds.shape_of
+    return (id(mask), id(readout), scale, plain, torch.is_grad_enabled(), of(q), of(k), of(v), *map(of, others))
 
 
 def _first_of_kind(call: Call, backend: str, holds: tuple[Mask, Edit, Readout]) -> tuple[Call, kinds.Kind]:

@@ -26,7 +26,8 @@ KEPT = 64
 
 
 Short = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
-"""z ``[B, Lq, H, Dv]`` from q, k, v, sinks, bias and the edit's key groups where they differ from those of the kind."""
+"""z ``[B, Lq, H, Dv]`` from q, k, v, sinks, bias and the edit's key groups where they differ from those of the kind; they may go
+on after the last key."""
 SHORT = "short"
 """Where a backend leaves, in the memo of a kind that nobody reads or differentiates, a shorter way for calls after the first."""
 LONGER = "longer"

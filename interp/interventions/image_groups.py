@@ -9,7 +9,7 @@ from torch import Tensor
 
 from interp.attention import Edit
 from interp.models.anatomy import Anatomy
-from interp.models.layout import layout
+from interp.models.layout import text_cells
 from interp.tracing.calls import Intervention, InterventionError, RunState, SiteCall
 from interp.tracing.prompt import GENERATED, Prompt
 
@@ -53,14 +53,14 @@ def read_prompt(who: Intervention, run: RunState) -> Prompt:
         # Inputs of a later forward hold the new tokens, and an attention mask of all.
         inputs = {name: _tail(value, run) for name, value in inputs.items()}
     try:
-        found = layout(run.module, inputs, run.tokenizer).get("text")
+        found = text_cells(run.module, inputs, run.tokenizer)
     except Exception as error:
         raise InterventionError(f"{_name(who)} must know what the prompt's positions are: {error}") from error
     if found is None:
         raise InterventionError(
             f"{_name(who)} must know what the prompt's positions are; inputs {sorted(inputs)} do not tell"
         )
-    prompt = Prompt(torch.from_numpy(found.kind.copy()), torch.from_numpy(found.image.astype("int16")))
+    prompt = Prompt(torch.from_numpy(found["kind"].astype("int8")), torch.from_numpy(found["image"].astype("int16")))
     if before:
         prompt = _after(who, run, prompt, before)
     if run.given_prompt_length is not None:
@@ -76,7 +76,7 @@ def require_images(who: Intervention, run: RunState) -> Prompt:
         InterventionError: a sample without one, or positions that cannot be told.
     """
     prompt = read_prompt(who, run)
-    without = torch.nonzero(~prompt.image.any(-1)).flatten().tolist()
+    without = [sample for sample, shown in enumerate(prompt.image.any(-1).tolist()) if not shown]
     if len(without) == len(prompt):
         crossing = "" if "cross" not in run.anatomy.stacks else (
             f": images reach {run.anatomy.model_class} through cross attention, not through its text sequence"
@@ -167,9 +167,10 @@ class KeyGroups:
 
     def of(self, call: SiteCall) -> Tensor:
         """Int8 ``[B, Lk]`` of a call."""
-        return self._at(call.q.shape[0], call.mask.kv_offset, call.k.shape[2], call.q.device)
+        return self.at(call.q.shape[0], call.mask.kv_offset, call.k.shape[2], call.q.device)[:, : call.k.shape[2]]
 
-    def _at(self, batch: int, start: int, n_keys: int, device: torch.device) -> Tensor:
+    def at(self, batch: int, start: int, n_keys: int, device: torch.device) -> Tensor:
+        """Groups of so many keys from a position on and perhaps of more after them, int8 ``[B, n]``: cutting costs a launch."""
         key = (device, batch)
         buffer = self.buffers.get(key)
         if buffer is None or buffer.shape[1] < start + n_keys:
@@ -177,8 +178,7 @@ class KeyGroups:
             grown = torch.nn.functional.pad(self.codes, (0, room - self.codes.shape[1]), value=self.beyond)
             buffer = grown.repeat_interleave(repeats(batch, len(grown)), 0).to(device)
             self.buffers[key] = buffer
-        # Rows may lie further apart than their keys: copied, they would have to be at every token.
-        return buffer[:, start : start + n_keys]
+        return buffer[:, start:] if start else buffer
 
     def edit(self, call: SiteCall, template: Edit) -> Edit:
         """``template`` with the call's groups; the same object for all layers, and as long as no key is added."""
@@ -190,5 +190,9 @@ class KeyGroups:
         key = (batch, start, n_keys)
         known = self.edits.get(place)
         if known is None or known[0] is not template or known[1] != key:
-            self.edits[place] = known = (template, key, template.regrouped(self._at(batch, start, n_keys, device)))
+            self.edits[place] = known = (
+                template,
+                key,
+                template.regrouped(self.at(batch, start, n_keys, device)[:, :n_keys]),
+            )
         return known[2]

@@ -21,8 +21,12 @@ class InterventionError(ValueError):
 
 
 class Grouping(Protocol):
-    """Key groups of one site that hand out an edit for any length of the sequence."""
+    """Key groups of one site that hand out an edit for any length of the sequence.
 
+    ``at`` gives groups of the keys from ``start`` on, ``n_keys`` of them or more: int8 ``[B, n]``.
+    """
+
+    def at(self, batch: int, start: int, n_keys: int, device: torch.device) -> Tensor: ...
     def edit_at(self, batch: int, start: int, n_keys: int, device: torch.device, template: Edit) -> Edit: ...
 
 
@@ -62,6 +66,7 @@ class RunState:
         state: a dictionary for each intervention, new for every run.
         touched: by site, whether any intervention of the session may act there.
         lasting: by site, what its interventions said of all rows still to be generated; None where they must be asked.
+        steps: what sites share in a token's forward, see :class:`interp.tracing.lasting.Step`.
         root: the session's model, which holds ``module``.
         cache: the KV cache of the current forward, None where none was given.
         given_prompt_length: the prompt ends there and what follows is a given answer (see ``Session.prompt_length``).
@@ -81,6 +86,7 @@ class RunState:
     state: dict[int, dict[str, Any]] = field(default_factory=dict[int, dict[str, Any]])
     touched: dict[str, bool] = field(default_factory=dict[str, bool])
     lasting: dict[str, Any] = field(default_factory=dict[str, Any])
+    steps: dict[Any, Any] = field(default_factory=dict[Any, Any])
     root: nn.Module | None = None
     cache: Any = None
     given_prompt_length: int | None = None

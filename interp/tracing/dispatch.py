@@ -89,10 +89,13 @@ def call_original(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
 ) -> tuple[Tensor, Any]:
     """The call as the plain model would have made it: its own function, its own mask."""
-    implementation = entry_implementation(getattr(module, "config", None))
-    function = _original_function(module, implementation)
     native = mask.native() if isinstance(mask, LazyMask) else mask
-    return function(module, query, key, value, native, **options)
+    return original(module)(module, query, key, value, native, **options)
+
+
+def original(module: nn.Module) -> Handler:
+    """The function that the plain model's attention module calls now."""
+    return _original_function(module, entry_implementation(getattr(module, "config", None)))
 
 
 class SeenLse(TorchFunctionMode):

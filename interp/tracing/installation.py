@@ -24,7 +24,7 @@ from interp.tracing import bridge_link, dispatch
 from interp.tracing.call_arguments import decodes, site_call
 from interp.tracing.calls import RunState, SiteCall
 from interp.tracing.gains import scaled
-from interp.tracing.lasting import settle
+from interp.tracing.lasting import Own, Settled, settle
 from interp.tracing.plant import Plant
 from interp.tracing.recorder import Recorder
 from interp.tracing.runs import begin_run, finish_generate, generation_options
@@ -85,9 +85,14 @@ class Installation:
         self.chunks: dict[int, list[int]] = {}
         self.active: dict[int, list[nn.Module]] = {}
         self.generating: set[int] = set()
+        self.direct: dict[int, dict[int, Settled]] = {}
         self.known: set[int] = set()
         self._placed = False
         self._unlink: Callable[[], None] = lambda: None
+
+    def unsettle(self) -> None:
+        """What was settled for sites was settled for the sessions there were."""
+        self.direct.clear()
 
     def held_by_this_thread(self) -> None:
         self.thread, self.thread_name = threading.get_ident(), threading.current_thread().name
@@ -250,6 +255,7 @@ class Installation:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], *, generating: bool, sub: nn.Module | None = None
     ) -> None:
         me = threading.get_ident()
+        self.direct.pop(me, None)
         for session in list(self.sessions):
             run = RunState(sub or self.module, session.anatomy, {}, generating, session.tokenizer, root=self.module)
             run.given_prompt_length = None if generating else session.prompt_length
@@ -299,6 +305,7 @@ class Installation:
             session.keep(functools.partial(recorder.trace, sequences, attrs))
 
     def _drop(self) -> None:
+        self.direct.pop(threading.get_ident(), None)
         for session in self.sessions:
             session.end_run(threading.get_ident())
 
@@ -306,16 +313,16 @@ class Installation:
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
     ) -> tuple[Tensor, Any]:
         """One attention call of a site."""
-        me = threading.get_ident()
-        site = self.sites[id(module)]
-        alone = self.sessions[0] if len(self.sessions) == 1 and self.plant is None and query.shape[2] == 1 else None
-        if alone is not None and me in alone.runs:
-            run, recorder = alone.runs[me]
-            settled = run.lasting.get(site.name) if recorder is None else None
+        me, one_row = threading.get_ident(), query.shape[2] == 1
+        direct = self.direct.get(me)
+        if direct is not None and one_row:
+            settled = direct.get(id(module))
             if settled is not None and settled.fits(query, key, attention_mask):
-                z, second, how = settled(module, query, key, value, attention_mask, options)
-                alone.count(site, how)
-                return z, second
+                return settled(module, query, key, value, attention_mask, options)
+        site = self.sites[id(module)]
+        alone = self.sessions[0] if len(self.sessions) == 1 and self.plant is None and one_row else None
+        if alone is not None and (me not in alone.runs or alone.runs[me][1] is not None or not decodes(site)):
+            alone = None
         live = [(s, *s.runs[me]) for s in self.sessions if me in s.runs]
         planted = self.plant if self.plant is not None and self.plant.acts_on(site, me) else None
         if planted is None:
@@ -326,6 +333,10 @@ class Installation:
                 for session, _, _ in live:
                     session.count(site, "untouched")
                 self._advance(module, query, key)
+                if alone is not None:
+                    # Whether a session touches a site is settled for the whole of a run.
+                    own = Own(dispatch.original(module), (), alone.entry(site))
+                    self.direct.setdefault(me, {})[id(module)] = own
                 return dispatch.call_original(module, query, key, value, attention_mask, **options)
         chunk = NO_CHUNK if decodes(site) else self.chunks.setdefault(id(module), [0, 0])
         first = live[0][1] if live else cast(Plant, planted).run(me)
@@ -363,8 +374,13 @@ class Installation:
                     z, second = changed.to(z.dtype), None
         for _, recorder in readers:
             recorder.keep_z(call, z)
-        if alone is not None and call.generated and live and live[0][2] is None and site.name not in call.run.lasting:
-            call.run.lasting[site.name] = settle(call, alone.interventions, alone.backend)
+        if alone is not None and call.generated:
+            if site.name not in call.run.lasting:
+                call.run.lasting[site.name] = settle(
+                    call, alone.interventions, alone.backend, module, alone.entry(site)
+                )
+            if (settled := call.run.lasting[site.name]) is not None:
+                self.direct.setdefault(me, {})[id(module)] = settled
         return z.contiguous(), second
 
     def _advance(self, module: nn.Module, query: Tensor, key: Tensor) -> None:

@@ -1,61 +1,143 @@
 """Sites whose interventions have said what they do to every row still to be generated (:class:`~interp.tracing.calls.Lasting`).
 
-A token's forward is bound by the host, and asking every intervention at every call costs a layer a tenth of its time.
+A token's forward is bound by the host, and asking every intervention at every call costs a layer a tenth of its time. What
+is settled for a site is called in the place of all that: the model's own function and the gains on what it gives, or the
+attention op, whose way through a step's first layer the later ones take again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from interp.attention import Edit, Gain, attend, combine
+from interp.attention import Edit, Gain, attend
+from interp.attention.api import shortcut
+from interp.attention.kinds import Short
 from interp.tracing import dispatch
 from interp.tracing.calls import Grouping, Intervention, SiteCall
 from interp.tracing.gains import scaled
 from interp.tracing.masks import LazyMask
 
+Options = Mapping[str, Any]
+
 
 @dataclass(frozen=True, eq=False)
-class Settled:
-    """What is done to each generated row of a site, by all interventions of a session together."""
+class Own:
+    """The model's own function, and gains on what it gives.
+
+    Attributes:
+        used: the site's entry in ``Session.report``.
+    """
+
+    function: dispatch.Handler
+    gains: tuple[Gain, ...]
+    used: dict[str, int]
+
+    def fits(self, query: Tensor, key: Tensor, mask: Any) -> bool:
+        """Whether a call with one query row is one of those that were spoken of; the others must be looked at."""
+        return True
+
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Options
+    ) -> tuple[Tensor, Any]:
+        """z ``[B, 1, H, Dv]`` and the second result of the model's function."""
+        native = mask.native() if isinstance(mask, LazyMask) else mask
+        z, second = self.function(module, query, key, value, native, **options)
+        if not self.gains:
+            self.used["untouched"] = self.used.get("untouched", 0) + 1
+            return z, second
+        for gain in self.gains:
+            z = scaled(z, gain)
+        self.used["gain"] = self.used.get("gain", 0) + 1
+        return z.contiguous(), None
+
+
+@dataclass(eq=False)
+class Step:
+    """The way of the op that a token's first layer has found, for the layers after it whose operands are of the same kind."""
+
+    mask: LazyMask | None = None
+    layout: tuple[Any, ...] = ()
+    short: Short | None = None
+    how: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Edited:
+    """The attention op with one edit, with a site's own key groups where it has any, and gains on what it gives.
+
+    Gains stay apart from the edit, which many sites share: each with its own they would go ways of their own.
+
+    Attributes:
+        step: shared by the sites of a run that have the same template, dtype and device.
+        used: the site's entry in ``Session.report``.
+    """
 
     batch: int
     device: torch.device
+    dtype: torch.dtype
     scale: float
     gains: tuple[Gain, ...]
-    template: Edit | None
+    template: Edit
     groups: Grouping | None
     backend: str
+    step: Step
+    used: dict[str, int] = field(repr=False)
 
     def fits(self, query: Tensor, key: Tensor, mask: Any) -> bool:
-        """Whether a call is one of those that were spoken of; the others must be looked at."""
-        same = query.shape[0] == self.batch and query.device == self.device
-        return same and (self.template is None or (isinstance(mask, LazyMask) and mask.n_keys == key.shape[2]))
+        """Whether a call with one query row is one of those that were spoken of; the others must be looked at."""
+        same = query.shape[0] == self.batch and query.device == self.device and query.dtype == self.dtype
+        return same and isinstance(mask, LazyMask) and mask.n_keys == key.shape[2]
 
     def __call__(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]
-    ) -> tuple[Tensor, Any, str]:
-        """z ``[B, 1, H, Dv]``, the second result of the model's function, and how it was made (see ``Session.report``)."""
-        if self.template is None:
-            z, second = dispatch.call_original(module, query, key, value, mask, **options)
-            how = "gain" if self.gains else "untouched"
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Options
+    ) -> tuple[Tensor, Any]:
+        """z ``[B, 1, H, Dv]``, and None."""
+        lazy, step, groups = cast(LazyMask, mask), self.step, None
+        if self.groups is not None:
+            groups = self.groups.at(self.batch, lazy.kv_offset, key.shape[2], self.device)
+        if (
+            step.short is not None
+            and step.mask is lazy
+            and step.layout == _layout(self.scale, query, key, value, groups)
+        ):
+            z = step.short(query, key, value, None, None, groups)
         else:
-            seen = cast(LazyMask, mask).describe()
-            edit = self.template
-            if self.groups is not None:
-                edit = self.groups.edit_at(self.batch, seen.kv_offset, key.shape[2], query.device, edit)
-            out = attend(query, key, value, scale=self.scale, mask=seen, edit=edit, backend=self.backend)
-            z, second, how = cast(Tensor, out.output), None, f"edited by {out.readings.backend}"
+            z = self._first(lazy, query, key, value, groups)
+        self.used[step.how] = self.used.get(step.how, 0) + 1
         for gain in self.gains:
-            z, second = scaled(z, gain), None
-        return z.contiguous(), second, how
+            z = scaled(z, gain)
+        return z.contiguous(), None
+
+    def _first(self, lazy: LazyMask, query: Tensor, key: Tensor, value: Tensor, groups: Tensor | None) -> Tensor:
+        seen, edit, step = lazy.describe(), self.template, self.step
+        if self.groups is not None:
+            edit = self.groups.edit_at(self.batch, seen.kv_offset, key.shape[2], self.device, edit)
+        out = attend(query, key, value, scale=self.scale, mask=seen, edit=edit, backend=self.backend)
+        short = shortcut(query, key, value, scale=self.scale, mask=seen, edit=edit, backend=self.backend)
+        step.mask, step.short, step.how = lazy, short, f"edited by {out.readings.backend}"
+        step.layout = () if short is None else _layout(self.scale, query, key, value, groups)
+        return cast(Tensor, out.output)
 
 
-def settle(call: SiteCall, interventions: Sequence[Intervention], backend: str) -> Settled | None:
+def _layout(scale: float, q: Tensor, k: Tensor, v: Tensor, groups: Tensor | None) -> tuple[Any, ...]:
+    """What must be the same for a layer to take the way of the one before, beside the dtype and device of q."""
+    return (
+        scale, q.shape, q.stride(), k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype, torch.is_grad_enabled(),
+        None if groups is None else (groups.stride(), groups.dtype),
+    )  # fmt: skip
+
+
+Settled = Own | Edited
+
+
+def settle(
+    call: SiteCall, interventions: Sequence[Intervention], backend: str, module: nn.Module, used: dict[str, int]
+) -> Settled | None:
     """What all interventions of a session will do at this call's site, None where one of them must be asked again."""
     gains: list[Gain] = []
     template, groups = None, None
@@ -68,14 +150,11 @@ def settle(call: SiteCall, interventions: Sequence[Intervention], backend: str) 
         gains += said.gains
         if said.template is not None:
             template, groups = said.template, said.groups
-    if template is not None:
-        plain = call.softcap is None and call.sinks is None and call.bias is None and call.mask.dense is None
-        if not plain or call.site.cross:
-            return None  # what such a call needs beside q, k, v and the mask is worked out at every call
-        # The kernel applies gains, too, and rounds once.
-        now = template
-        if groups is not None:
-            now = groups.edit_at(call.q.shape[0], call.mask.kv_offset, call.k.shape[2], call.q.device, template)
-        together = combine(now, Edit(tuple(gains)))
-        template, gains = together if together is None or groups is None else together.family, []
-    return Settled(call.q.shape[0], call.q.device, call.scale, tuple(gains), template, groups, backend)
+    if template is None:
+        return Own(dispatch.original(module), tuple(gains), used)
+    plain = call.softcap is None and call.sinks is None and call.bias is None and call.mask.dense is None
+    if not plain or call.site.cross:
+        return None  # what such a call needs beside q, k, v and the mask is worked out at every call
+    device, dtype = call.q.device, call.q.dtype
+    step = call.run.steps.setdefault((id(template), device, dtype), Step())
+    return Edited(call.q.shape[0], device, dtype, call.scale, tuple(gains), template, groups, backend, step, used)

@@ -126,8 +126,12 @@ class Session:
         for thread in list(self.runs):
             self.end_run(thread)
 
+    def entry(self, site: Site) -> dict[str, int]:
+        """What :meth:`report` has of a site."""
+        return self.used.setdefault(site.name, {})
+
     def count(self, site: Site, backend: str) -> None:
-        entry = self.used.setdefault(site.name, {})
+        entry = self.entry(site)
         entry[backend] = entry.get(backend, 0) + 1
 
     def __enter__(self) -> Self:
@@ -143,6 +147,7 @@ class Session:
                 installation = install(self.module, self.anatomy)
             installation.held_by_this_thread()
             installation.sessions.append(self)
+            installation.unsettle()
             if self.selection is not None or self.interventions:
                 installation.watch_sites()
         return self
@@ -155,6 +160,7 @@ class Session:
             if installation is None or self not in installation.sessions:
                 return
             installation.sessions.remove(self)
+            installation.unsettle()
             self.end_runs()
             if not installation.sessions and not installation.suspended:
                 installation.close()
@@ -197,6 +203,7 @@ def reset(model: Any) -> int:
         for session in installation.sessions:
             session.end_runs()
         installation.sessions.clear()
+        installation.unsettle()
         installation.close()
         return count
 
@@ -230,12 +237,14 @@ def untouched(model: Any) -> Iterator[None]:
         # The last session opened in the block must not take the suspended ones' installation down with it.
         installation.suspended += 1
         installation.sessions = sessions
+        installation.unsettle()
     try:
         yield
     finally:
         if installation is not None:
             installation.suspended -= 1
             installation.sessions = held
+            installation.unsettle()
             installation.active.pop(me, None)
             if stack is not None:
                 installation.active[me] = stack

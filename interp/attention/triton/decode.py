@@ -378,9 +378,9 @@ COMBINE_UNSPECIALISED = [
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=COMBINE_UNSPECIALISED)
-def combine_kernel(
-    sinks_ptr, z_ptr, part_ptr, stats_ptr, key_ptr, mass_ptr, used_ptr, n_parts, n_heads, n_queries, n_rows, factor,
+@triton.jit
+def combine_row(
+    row, sinks_ptr, z_ptr, part_ptr, stats_ptr, key_ptr, mass_ptr, used_ptr, n_parts, n_heads, n_queries, n_rows, factor,
     gain_ptr, gain_b, gain_h, gain_q, bits_ptr, bits_b, bits_h, bits_q, bits_all,
     weight_ptr, weight_b, weight_h, weight_q,
     fraction, fraction_ptr, fraction_b, fraction_h, fraction_q, source, target, gate, share_of, summ, rho,
@@ -394,7 +394,6 @@ def combine_kernel(
     ``source``, ``target``, ``gate`` and ``share_of`` are sets of classes as bits. ``MASSES`` leaves the masses of classes
     in ``mass_ptr``, before weights.
     """
-    row = tl.program_id(0).to(tl.int64)
     r = row % n_queries
     h = row // n_queries % n_heads
     b = row // n_queries // n_heads
@@ -505,3 +504,25 @@ def combine_kernel(
             acc *= tl.load(gain_ptr + b * gain_b + h * gain_h + r * gain_q).to(tl.float32)
         z_at = z_ptr + ((b * n_queries + r) * n_heads + h) * V_DIM + v_dims
         tl.store(z_at, acc.to(z_ptr.dtype.element_ty), mask=v_dims < V_DIM)
+
+
+@triton.jit(do_not_specialize=COMBINE_UNSPECIALISED)
+def combine_kernel(
+    sinks_ptr, z_ptr, part_ptr, stats_ptr, key_ptr, mass_ptr, used_ptr, n_parts, n_heads, n_queries, n_rows, factor,
+    gain_ptr, gain_b, gain_h, gain_q, bits_ptr, bits_b, bits_h, bits_q, bits_all,
+    weight_ptr, weight_b, weight_h, weight_q,
+    fraction, fraction_ptr, fraction_b, fraction_h, fraction_q, source, target, gate, share_of, summ, rho,
+    PARTS: tl.constexpr, STEP: tl.constexpr, DV: tl.constexpr, V_DIM: tl.constexpr, CLASSES: tl.constexpr,
+    HOW: tl.constexpr, OUTPUT: tl.constexpr, ROW_STATS: tl.constexpr, LSE: tl.constexpr, MASSES: tl.constexpr,
+    USED: tl.constexpr, N_GROUPS: tl.constexpr, SINKS: tl.constexpr, GAIN: tl.constexpr, BITS: tl.constexpr,
+    UNIFORM: tl.constexpr, FRACTIONS: tl.constexpr,
+):  # fmt: skip
+    """Every program puts the parts of one row together, see :func:`combine_row`."""
+    combine_row(
+        tl.program_id(0).to(tl.int64),
+        sinks_ptr, z_ptr, part_ptr, stats_ptr, key_ptr, mass_ptr, used_ptr, n_parts, n_heads, n_queries, n_rows,
+        factor, gain_ptr, gain_b, gain_h, gain_q, bits_ptr, bits_b, bits_h, bits_q, bits_all, weight_ptr,
+        weight_b, weight_h, weight_q, fraction, fraction_ptr, fraction_b, fraction_h, fraction_q, source,
+        target, gate, share_of, summ, rho, PARTS, STEP, DV, V_DIM, CLASSES, HOW, OUTPUT, ROW_STATS, LSE, MASSES,
+        USED, N_GROUPS, SINKS, GAIN, BITS, UNIFORM, FRACTIONS,
+    )  # fmt: skip

@@ -69,7 +69,8 @@ class Work:
         shape: batch, query heads, key-value heads, query rows, keys.
         widths: head dims of q and k, and of v.
         values: arguments of ``decode_kernel`` from ``q_b`` up to those of padding.
-        tail: those after the readout's groups.
+        groups: the edit's key groups and their batch stride, where the kernel looks at any.
+        tail: those after them.
         flags: constants about ``values``, from ``RANGES`` to ``EIGHTS``.
         edited: constants about edits that need tables, by :data:`EDITED_FLAGS`.
         rows: gain (pointer and strides) and the bits of each row, as the combining kernel takes them.
@@ -84,6 +85,7 @@ class Work:
     dtype: torch.dtype
     device: torch.device
     values: Values
+    groups: Values
     tail: Values
     flags: tuple[bool, ...]
     edited: Values
@@ -151,7 +153,7 @@ class Work:
             dtypes = (q.dtype, *(None if x is None else x.dtype for x in pointers))
         return cls(
             shape=(batch, heads, k.shape[1], n_queries, n_keys), widths=(width, v.shape[3]), dtype=q.dtype, device=q.device,
-            values=values, tail=(*groups, weights.class_map, *edited_values), flags=flags, edited=edited,
+            values=values, groups=groups, tail=(weights.class_map, *edited_values), flags=flags, edited=edited,
             rows=(*gain, *edited_values[BITS]), factor=factor, dtypes=dtypes, span=span, weights=weights,
         )  # fmt: skip
 
@@ -167,7 +169,7 @@ class Work:
         Args:
             groups: the edit's key groups, where the kernel looks at any.
         """
-        if self.dtypes is None or (groups is None) != (self.tail[0] is None):
+        if self.dtypes is None or (groups is None) != (self.groups[0] is None):
             return None
         n_keys = k.shape[2]
         # q is the same kind of tensor as before.
@@ -184,7 +186,7 @@ class Work:
             return None
         values = (*steps, *self.values[9:14], n_keys, *self.values[15:])
         shape = (*self.shape[:4], n_keys)
-        return replace(self, shape=shape, values=values, tail=(*of_keys, *self.tail[2:]), span=n_keys)
+        return replace(self, shape=shape, values=values, groups=of_keys, span=n_keys)
 
     def before_step_4(self) -> Work:
         """The same work without uniform rows and weights."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +13,9 @@ from interp.attention.readouts import Readout
 from interp.attention.triton import tuned
 from interp.attention.triton.decode import combine_kernel, decode_kernel
 from interp.attention.triton.decode_arguments import UNEDITED_FLAGS, Values, Work, aligned_to_16, with_batch_stride
+from interp.attention.triton.decode_joined import Joined
 from interp.attention.triton.devices import interpreted
-from interp.attention.triton.launching import first_launch
+from interp.attention.triton.launching import Start
 from interp.attention.triton.tables import next_power, row_major
 
 MOST_ROWS = 64
@@ -98,41 +98,6 @@ class Given:
     used: Tensor | None = None
 
 
-class Start:
-    """One kernel with all its fixed arguments, started without Triton's look at them from the second time on."""
-
-    def __init__(
-        self, kernel: Any, grid: tuple[int, int, int], fixed: Values, warps: int, stages: int, variant: Hashable | None
-    ) -> None:
-        self.kernel, self.grid, self.fixed, self.variant = kernel, grid, fixed, variant
-        self.options = {"num_warps": warps, "num_stages": stages}
-        self.again: Any = None
-        if variant is not None and variant in _compiled:
-            self.again = _compiled[variant][grid]
-        self.launched = False
-
-    def __call__(self, live: Values, aligned: bool, fixed: Values | None = None) -> None:
-        """Start with the tensors of this call, and with ``fixed`` in the place of the fixed arguments where it is given."""
-        given = (*live, *(self.fixed if fixed is None else fixed))
-        if aligned and self.again is not None:
-            self.again(*given)
-            return
-        if interpreted() or (self.launched and not aligned):
-            self.kernel[self.grid](*given, **self.options)
-            return
-        arguments = {**dict(zip(self.kernel.arg_names, given, strict=True)), **self.options}
-        compiled = first_launch(self.kernel, lambda: self.kernel[self.grid](*given, **self.options), arguments)
-        self.launched = True
-        if aligned:
-            self.again = compiled[self.grid]
-            if self.variant is not None:
-                _compiled[self.variant] = compiled
-
-
-_compiled: dict[Hashable, Any] = {}
-"""Compiled kernels by everything that chooses a variant, for calls of new kinds (every step of a growing cache is one)."""
-
-
 NOTHING = (None,) * 6
 
 
@@ -182,9 +147,9 @@ class Pass:
                 tile.config,
                 group_at[0] is not None and groups is not None and groups.dtype,
             )
-        fixed = (0.0, parts, *work.values, *group_at, *work.tail, *constants)
+        fixed = (0.0, parts, *work.values, *group_at, *work.groups, *work.tail, *constants)
         # Where the edit's groups stand, if the kernel looks at them.
-        self.groups_at = None if work.tail[0] is None else len(work.values) + 4
+        self.groups_at = None if work.groups[0] is None else len(work.values) + 4
         grid = (batch * n_kv * tile.row_blocks * parts, 1, 1)
         self.walk = Start(decode_kernel, grid, fixed, tile.config.warps, tile.config.stages, variant)
         self.combine = None
@@ -199,10 +164,19 @@ class Pass:
             fixed = (total, heads, n_queries, n_rows, work.factor, *work.rows, *weights.values, *combining)
             variant = None if work.dtypes is None else (work.device.index, work.dtypes, combining)
             self.combine = Start(combine_kernel, (n_rows, 1, 1), fixed, 4, 1, variant)
+        self.joined: Joined | None = None
+        if output and not self.lse and Joined.able(work):
+            config = tile.config
+            self.joined = Joined(
+                work, parts, self.part_size, bm=tile.bm, bn=config.keys, row_blocks=tile.row_blocks,
+                dims=(max(next_power(work.widths[0]), 16), tile.dv), warps=config.warps, stages=config.stages, direct=self.direct,
+            )  # fmt: skip
 
     def output_of(self, x: Live, groups: Tensor | None = None) -> Tensor:
         """z alone, of a pass that gives nothing else; ``groups`` are the edit's where they are not those of ``work``."""
         q, k, v, sinks, bias = x
+        if self.joined is not None and (made := self.joined(q, k, v, groups)) is not None:
+            return made
         aligned, fixed = not (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15, None
         if groups is not None and (at := self.groups_at) is not None:
             groups = row_major(groups)
@@ -254,7 +228,7 @@ class MapPass:
         tile = Tile.of(work, 1)
         classes = work.weights.n_classes if weighted else 1
         constants = tile.constants(work, (False, False, False, True, False, False, 1, classes, weighted))
-        fixed = (hide, parts, *work.values, None, 0, *work.tail, *constants)
+        fixed = (hide, parts, *work.values, None, 0, *work.groups, *work.tail, *constants)
         grid = (batch * n_kv * tile.row_blocks * parts, 1, 1)
         self.walk = Start(decode_kernel, grid, fixed, tile.config.warps, tile.config.stages, None)
 

@@ -10,6 +10,7 @@ finds the variants compiled for the one before.
 
 from __future__ import annotations
 
+import functools
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -67,7 +68,20 @@ class Decoding:
         self.wanted = wanted
         self.main = Pass(self.work, asked, **wanted)
         plain = call.want_output and not (self.stats or self.from_map or self.in_turn)
-        self.short: Short | None = self._output if plain else None
+        self.rows_in_order = all(x.stride(3) == 1 for x in (call.q, call.k, call.v))
+        self.short: Short | None = self._shortest() if plain else None
+
+    def _shortest(self) -> Short:
+        """The way of later calls, whose operands lie as those of this one."""
+        return self._joined if self.main.joined is not None and self.rows_in_order and _one_gpu() else self._output
+
+    def _joined(
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor | None, groups: Tensor | None
+    ) -> Tensor:
+        """As :meth:`_output` where one launch can do it: on every line of it a token waits once a layer."""
+        assert self.main.joined is not None
+        z = self.main.joined(q, k, v, groups)
+        return self._output(q, k, v, sinks, bias, groups) if z is None else z
 
     def _output(
         self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor | None, groups: Tensor | None
@@ -75,7 +89,7 @@ class Decoding:
         """z of a call of this kind, of which nothing else is wanted."""
         x = Live(row_major(q), row_major(k), row_major(v), sinks, None if bias is None else row_major(bias))
         index = q.device.index
-        if index is None or index == torch.cuda.current_device():
+        if index is None or _one_gpu() or index == torch.cuda.current_device():
             return self.main.output_of(x, groups)
         with torch.cuda.device(index):
             return self.main.output_of(x, groups)
@@ -87,7 +101,7 @@ class Decoding:
             return None
         made = copy(self)
         made.work, made.main = work, Pass(work, self.asked, output=True)
-        made.short = made._output
+        made.short = made._shortest()
         return made.short
 
     def run(self, call: Call) -> tuple[Tensor | None, Readings]:
@@ -146,6 +160,11 @@ class Decoding:
         if readings.received is not None and readings.received_rows is not None:
             readings.received_rows = readings.received_rows.expand_as(readings.received)
         return readings
+
+
+@functools.cache
+def _one_gpu() -> bool:
+    return torch.cuda.device_count() < 2
 
 
 def _there(x: Tensor | None) -> Tensor:

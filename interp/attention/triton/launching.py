@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -118,3 +118,44 @@ class Launch:
         for place, tensor in zip(places, live.values(), strict=True):
             arguments[place] = tensor
         compiled[self.grid](*arguments)
+
+
+class Start:
+    """One kernel with all its fixed arguments, started without Triton's look at them from the second time on."""
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, int, int],
+        fixed: tuple[Any, ...],
+        warps: int,
+        stages: int,
+        variant: Hashable | None,
+    ) -> None:
+        self.kernel, self.grid, self.fixed, self.variant = kernel, grid, fixed, variant
+        self.options = {"num_warps": warps, "num_stages": stages}
+        self.again: Any = None
+        if variant is not None and variant in _compiled:
+            self.again = _compiled[variant][grid]
+        self.launched = False
+
+    def __call__(self, live: tuple[Any, ...], aligned: bool, fixed: tuple[Any, ...] | None = None) -> None:
+        """Start with the tensors of this call, and with ``fixed`` in the place of the fixed arguments where it is given."""
+        given = (*live, *(self.fixed if fixed is None else fixed))
+        if aligned and self.again is not None:
+            self.again(*given)
+            return
+        if interpreted() or (self.launched and not aligned):
+            self.kernel[self.grid](*given, **self.options)
+            return
+        arguments = {**dict(zip(self.kernel.arg_names, given, strict=True)), **self.options}
+        compiled = first_launch(self.kernel, lambda: self.kernel[self.grid](*given, **self.options), arguments)
+        self.launched = True
+        if aligned:
+            self.again = compiled[self.grid]
+            if self.variant is not None:
+                _compiled[self.variant] = compiled
+
+
+_compiled: dict[Hashable, Any] = {}
+"""Compiled kernels by everything that chooses a variant, for calls of new kinds (every step of a growing cache is one)."""

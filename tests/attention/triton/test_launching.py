@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ pytest.importorskip("triton")
 
 from interp.attention.triton import decode_launch, launching
 from interp.attention.triton.decode import combine_kernel, decode_kernel
+from interp.attention.triton.decode_joined import joined_kernel
 from interp.attention.triton.launching import Launch, compile_seconds
 
 
@@ -37,7 +39,7 @@ class Slow:
 @pytest.fixture(autouse=True)
 def nothing_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launching, "_seconds", {})
-    monkeypatch.setattr(decode_launch, "interpreted", lambda: False)
+    monkeypatch.setattr(launching, "interpreted", lambda: False)
 
 
 def aligned() -> torch.Tensor:
@@ -74,7 +76,7 @@ def test_a_variant_found_in_memory_is_no_news(caplog: pytest.LogCaptureFixture) 
 
 def test_decoding_reports_too(caplog: pytest.LogCaptureFixture) -> None:
     kernel = Slow()
-    start = decode_launch.Start(kernel, (1, 1, 1), (0.5, True, False), 4, 2, None)
+    start = launching.Start(kernel, (1, 1, 1), (0.5, True, False), 4, 2, None)
     with caplog.at_level(logging.INFO, "headscope.kernels"):
         for is_aligned in (True, True, False, False):
             start((aligned(),), is_aligned)
@@ -88,20 +90,20 @@ def test_the_answer_is_a_copy() -> None:
     assert "x" not in compile_seconds()
 
 
-@pytest.mark.parametrize("kernel", [decode_kernel, combine_kernel], ids=["walk", "combine"])
+@pytest.mark.parametrize("kernel", [decode_kernel, combine_kernel, joined_kernel], ids=["walk", "combine", "joined"])
 def test_decoding_names_all_arguments(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # On a GPU the report pairs the arguments of a launch with the kernel's names, by position.
     given: list[int] = []
-    monkeypatch.setattr(decode_launch, "interpreted", lambda: True)
+    monkeypatch.setattr(launching, "interpreted", lambda: not torch.cuda.is_available())
     monkeypatch.setattr(decode_launch, "forced_parts", 2)
-    called = decode_launch.Start.__call__
+    called = launching.Start.__call__
 
-    def spy(self: decode_launch.Start, live: Any, aligned: bool) -> None:
+    def spy(self: launching.Start, live: Any, aligned: bool) -> None:
         if self.kernel is kernel:
             given.append(len(live) + len(self.fixed))
         called(self, live, aligned)
 
-    monkeypatch.setattr(decode_launch.Start, "__call__", spy)
+    monkeypatch.setattr(launching.Start, "__call__", spy)
     from interp.attention.edits import Edit
     from interp.attention.mask import Mask
     from interp.attention.readouts import Readout
@@ -109,6 +111,11 @@ def test_decoding_names_all_arguments(kernel: Any, monkeypatch: pytest.MonkeyPat
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     q, k = torch.zeros(1, 2, 1, 16, device=device), torch.zeros(1, 1, 40, 16, device=device)
-    call = decoding.Call(q, k, k, 0.3, Mask(), None, None, None, Edit(), Readout(row_stats=True), True)
-    decoding.decode(call)
+    call = decoding.Call(q, k, k, 0.3, Mask(), None, None, None, Edit(), Readout(), True)
+    if kernel is not joined_kernel:
+        call = replace(call, readout=Readout(row_stats=True))
+    way = decoding.Decoding(call)
+    way.run(call)
+    if way.short is not None:
+        way.short(q, k, k, None, None, None)
     assert given and set(given) == {len(kernel.arg_names)}
