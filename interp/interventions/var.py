@@ -26,6 +26,7 @@ from interp.models.anatomy import Anatomy, Site, anatomy
 from interp.models.model import unwrap
 from interp.tracing.calls import NOTHING_LASTS, Intervention, InterventionError, Lasting, RunState, SiteCall
 from interp.tracing.visual_sinks import (
+    SinkTables,
     phi,
     scaled_tau,
     sink_codes,
@@ -169,8 +170,8 @@ class VAR(Intervention):
         layers = self._layers(run.anatomy)
         sites = [site for site in run.anatomy.stacks["text"] if site.layer in layers]
         state.update(
-            layers=layers, dims=dims, tau=tau, largest=0.0, template=self._edit(None),
-            sinks=dict(earlier.get("sinks", {})), groups=dict[int, KeyGroups](), there=dict[Any, Prompt](),
+            layers=layers, dims=dims, tau=tau, phis=list[tuple[int, Tensor]](), template=self._edit(None),
+            sinks=dict(earlier.get("sinks", {})), groups=dict[int, KeyGroups](), there=dict[Any, Any](),
             shared=dict[int, KeyGroups | None](),
         )  # fmt: skip
 
@@ -203,7 +204,10 @@ class VAR(Intervention):
         if known is None or known[0] != place:
             rows = prompt_rows(call, prompt.real & ~prompt.image, beyond=True)
             known = state["prefill"] = (place, self._edit(rows[:, None]))
-        return known[1].regrouped(groups.of(call))
+        codes = groups.codes
+        if call.q.shape[0] != len(codes) or call.mask.kv_offset or call.k.shape[2] != codes.shape[1]:
+            codes = groups.of(call)
+        return known[1].regrouped(codes)
 
     def lasting(self, call: SiteCall) -> Lasting | None:
         state = call.run.of(self)
@@ -226,19 +230,22 @@ class VAR(Intervention):
         if "template" not in state:
             return
         times = max(1, len(x) // len(prompt))
-        strength = phi(x[::times, : length - start], state["dims"].dims)
-        new = strength >= state["tau"]
-        old: Tensor = state["sinks"].get(site.layer, new[:, :0]).to(new.device)
-        # Between the turns of a conversation stand generated tokens, which are no sinks.
-        sinks = torch.cat([torch.nn.functional.pad(old, (0, start - old.shape[1])), new], -1)
-        state["sinks"][site.layer] = sinks
-        there: Prompt | None = state["there"].get(new.device)
+        x = x if times == 1 else x[::times]
+        x = x if x.shape[1] <= length - start else x[:, : length - start]
+        there: tuple[SinkTables, Tensor] | None = state["there"].get(x.device)
         if there is None:
-            there = state["there"][new.device] = Prompt(prompt.kind.to(new.device), prompt.picture.to(new.device))
-        seen = torch.where(there.image[:, start : start + new.shape[1]], strength, 0.0)
-        state["largest"] = torch.maximum(seen.max(), torch.as_tensor(state["largest"], device=new.device))
-        known = Prompt(there.kind[:, : sinks.shape[1]], there.picture[:, : sinks.shape[1]])
-        codes = sink_codes(sinks, known, needs_visual=self.without_visual_sink == "skip")
+            at = torch.tensor(state["dims"].dims, device=x.device)
+            there = state["there"][x.device] = SinkTables.of(prompt, x.device), at
+        strength = phi(x, there[1])
+        sinks = strength >= state["tau"]
+        if start or site.layer in state["sinks"]:
+            # Between the turns of a conversation stand generated tokens, which are no sinks.
+            old: Tensor = state["sinks"].get(site.layer, sinks[:, :0]).to(sinks.device)
+            sinks = torch.cat([torch.nn.functional.pad(old, (0, start - old.shape[1])), sinks], -1)
+        state["sinks"][site.layer] = sinks
+        if state["phis"] is not None:
+            state["phis"].append((start, strength))
+        codes = there[0].first(sinks.shape[1]).codes(sinks, needs_visual=self.without_visual_sink == "skip")
         state["groups"][site.layer] = KeyGroups(codes)
         state["shared"].clear()
 
@@ -254,29 +261,48 @@ class VAR(Intervention):
         if layer not in state["shared"]:
             device = call.q.device
             mine = {n: g for n, g in state["groups"].items() if g.codes.device == device or n == layer}
-            _, which = torch.unique(
-                torch.stack([g.codes.to(device) for g in mine.values()]), dim=0, return_inverse=True
-            )
-            acting = torch.stack([self._acts(g.codes) for g in mine.values()])
+            codes = torch.stack([g.codes.to(device) for g in mine.values()])
+            _, which = torch.unique(codes, dim=0, return_inverse=True)
+            acting = self._acts(codes)
             first: dict[int, KeyGroups] = {}
             for (n, groups), same, acts in zip(mine.items(), which.tolist(), acting.tolist(), strict=True):
                 state["shared"][n] = first.setdefault(same, groups) if acts else None
         return state["shared"][layer]
 
     def _acts(self, codes: Tensor) -> Tensor:
-        """Is there a sink to take from and a token to give to? A bool tensor without axes."""
-        gives = torch.stack([codes == source for source in SOURCES[self.sources]])
-        return (codes == 2).any() & gives.any()
+        """Is there a sink to take from and a token to give to? Bool ``[layer]`` for codes ``[layer, S, P]``."""
+        codes = codes.flatten(1)
+        # Both kinds of sink have an odd number.
+        gives = codes % 2 == 1 if self.sources == "all" else codes == SOURCES[self.sources][0]
+        return (codes == 2).any(1) & gives.any(1)
 
     def _warn(self, state: dict[str, Any]) -> None:
-        groups: list[KeyGroups] = list(state["groups"].values())
-        if not any(bool(self._acts(g.codes)) for g in groups):
-            dims = state["dims"]
+        if state["phis"] is None:
+            return
+        alike: dict[Any, list[Tensor]] = {}
+        for groups in state["groups"].values():
+            alike.setdefault((groups.codes.device, groups.codes.shape), []).append(groups.codes)
+        if any(bool(self._acts(torch.stack(codes)).any()) for codes in alike.values()):
+            # What is a sink stays one, whatever the prompt's next part brings.
+            state["phis"] = None
+        else:
+            dims, largest = state["dims"], self._largest(state)
             warnings.warn(
                 f"VAR changes nothing here: in no layer is there a sink to move weight from, at tau = {state['tau']:.3g} in the sink "
-                f"dimensions {list(dims.dims)} ({dims.source}); the largest phi of an image token is {float(state['largest']):.3g}",
+                f"dimensions {list(dims.dims)} ({dims.source}); the largest phi of an image token is {largest:.3g}",
                 stacklevel=2,
             )
+
+    def _largest(self, state: dict[str, Any]) -> float:
+        """The largest phi of an image token in any layer."""
+        alike: dict[Any, list[Tensor]] = {}
+        for start, strength in state["phis"]:
+            alike.setdefault((strength.device, start, strength.shape[1]), []).append(strength)
+        largest = 0.0
+        for (device, start, n), strengths in alike.items():
+            image = state["there"][device][0].image[:, start : start + n]
+            largest = max(largest, float(torch.where(image, torch.stack(strengths), 0.0).max()))
+        return largest
 
     def _layers(self, anatomy: Anatomy) -> tuple[int, ...]:
         if self.layers is not None:

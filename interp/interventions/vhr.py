@@ -98,7 +98,8 @@ class VHR(Intervention):
                 "has not filled: run the prompt inside the session, on the same cache"
             )
         prompt = require_images(self, run)
-        state.update(gains={}, samples=len(prompt), text=last_z(self, run, prompt, state["layers"]))
+        text = last_z(self, run, prompt, state["layers"])
+        state.update(gains={}, samples=len(prompt), rows=_Rows(prompt.last), text=self._of_text(text), factors={})
 
     def acts_on(self, site: Site, run: RunState) -> bool:
         return site.stack == "text" and site.layer in run.of(self).get("layers", ())
@@ -124,20 +125,34 @@ class VHR(Intervention):
         gain = gain.repeat_interleave(repeats(len(call.q), len(gain)), 0)
         return Lasting((Gain(gain[..., 0].transpose(1, 2)),))
 
-    def _choose(self, call: SiteCall, z: Tensor, text: Tensor) -> Tensor:
-        """Gains ``[S, 1, H, 1]`` in z's dtype, from z ``[B, Lq, H, Dv]`` and z of the text alone ``[S, H, Dv]``."""
-        prompt = call.run.of(self)["prompt"]
-        row = prompt.last - call.mask.q_offset
-        if call.mask.q_offset > 0 or int(row.max()) >= z.shape[1]:
+    def _choose(self, call: SiteCall, z: Tensor, text: _Text) -> Tensor:
+        """Gains ``[S, 1, H, 1]`` in z's dtype, from z ``[B, Lq, H, Dv]`` and z of the text alone."""
+        state = call.run.of(self)
+        rows: _Rows = state["rows"]
+        if call.mask.q_offset > 0 or max(rows.numbers) >= z.shape[1]:
             raise InterventionError(
                 f"VHR needs the whole prompt in one forward: heads are chosen at its last row and reinforced at all; got rows "
-                f"{call.mask.q_offset} .. {call.mask.q_offset + z.shape[1] - 1} of {prompt.kind.shape[1]}"
+                f"{call.mask.q_offset} .. {call.mask.q_offset + z.shape[1] - 1} of {state['prompt'].kind.shape[1]}"
             )
-        seen = z.detach()[:: repeats(len(z), len(prompt))][torch.arange(len(prompt)), row.to(z.device)].float()
         rounding = max(8 * torch.finfo(torch.float32).eps, torch.finfo(z.dtype).eps)
-        chosen = self.select(seen, text.to(z.device).float(), rounding)
-        gain = torch.where(chosen, self.alpha, 1.0)
-        return gain[:, None, :, None].to(z.dtype)
+        chosen = self._select(rows.of(z.detach() if z.requires_grad else z).float(), text.to(z.device), rounding)
+        factors = state["factors"].get((z.device, z.dtype))
+        if factors is None:
+            # Filled, not copied there: nothing waits for the device.
+            factors = tuple(torch.full((), f, device=z.device).to(z.dtype) for f in (float(self.alpha), 1.0))
+            state["factors"][z.device, z.dtype] = factors
+        return torch.where(chosen.view(len(chosen), 1, -1, 1), *factors)
+
+    def _of_text(self, z: dict[str, Tensor]) -> dict[str, _Text]:
+        """What the choice asks of z of the text alone, for all layers at once."""
+        alike: dict[Any, list[str]] = {}
+        for name, values in z.items():
+            alike.setdefault((values.device, values.dtype, values.shape), []).append(name)
+        out: dict[str, _Text] = {}
+        for names in alike.values():
+            text = self._read(torch.stack([z[name] for name in names]).float())
+            out.update(zip(names, map(_Text, *text.parts()), strict=True))
+        return out
 
     def select(self, image: Tensor, text: Tensor, rounding: float = 0.0) -> Tensor:
         """The heads to reinforce: bool ``[S, H]`` for last-row z with and without the image, ``[S, H, Dv]``.
@@ -145,15 +160,23 @@ class VHR(Intervention):
         Differences below ``rounding`` times the size of z count as none: where a sliding window hides the image from the last
         row, rounding alone would choose.
         """
-        divergence = (image - text).square().sum(-1)
-        size = image.square().sum(-1) + text.square().sum(-1)
-        divergence = divergence.masked_fill(divergence <= rounding**2 * size, 0.0)
+        return self._select(image, self._read(text), rounding)
+
+    def _read(self, text: Tensor) -> _Text:
+        strength = text.square().sum(-1)
+        filters = self.outlier_filter and text.shape[-2] > 1
+        high = strength > strength.mean(-1, keepdim=True) + strength.std(-1, keepdim=True) if filters else strength > 0
+        return _Text(torch.stack((text, torch.zeros_like(text)), -4), strength, high)
+
+    def _select(self, image: Tensor, text: _Text, rounding: float) -> Tensor:
+        divergence, size = (image - text.beside_nothing).square().sum(-1).unbind()
+        divergence = divergence.masked_fill(divergence <= rounding**2 * (size + text.strength), 0.0)
         if self.distance == "euclidean":
             divergence = divergence.sqrt()
         if self.outlier_filter and divergence.shape[-1] > 1:
-            strength = text.square().sum(-1)
-            surging = _high(divergence) & _high(strength) & (divergence.std(-1, keepdim=True) > self.filter_guard)
-            divergence = divergence.masked_fill(surging, 0.0)
+            spread = divergence.std(-1, keepdim=True)
+            high = divergence > divergence.mean(-1, keepdim=True) + spread
+            divergence = divergence.masked_fill(high & text.high & (spread > self.filter_guard), 0.0)
         return divergence > divergence.median(-1, keepdim=True).values
 
     def _layers(self, run: RunState) -> tuple[int, ...]:
@@ -166,5 +189,43 @@ class VHR(Intervention):
         return resolve_layers(sorted(wanted), run.anatomy)
 
 
-def _high(x: Tensor) -> Tensor:
-    return x > x.mean(-1, keepdim=True) + x.std(-1, keepdim=True)
+@dataclass(frozen=True, eq=False)
+class _Text:
+    """Of last-row z without the image ``[S, H, Dv]``, in fp32.
+
+    Attributes:
+        beside_nothing: it and zeros ``[2, S, H, Dv]``: one subtraction gives both the difference and the other z.
+        strength: its square ``[S, H]``.
+        high: where that is one std above the heads' mean ``[S, H]``.
+    """
+
+    beside_nothing: Tensor
+    strength: Tensor
+    high: Tensor
+
+    def parts(self) -> tuple[tuple[Tensor, ...], ...]:
+        """The three of each layer, where they are of several."""
+        return self.beside_nothing.unbind(), self.strength.unbind(), self.high.unbind()
+
+    def to(self, device: torch.device) -> _Text:
+        if self.strength.device == device:
+            return self
+        return _Text(self.beside_nothing.to(device), self.strength.to(device), self.high.to(device))
+
+
+class _Rows:
+    """The row of each sample that predicts its first token."""
+
+    def __init__(self, last: Tensor) -> None:
+        self.numbers: list[int] = last.tolist()
+        self._last, self._places = last, dict[torch.device, tuple[Tensor, Tensor]]()
+
+    def of(self, z: Tensor) -> Tensor:
+        """``[S, ...]`` of ``[B, Lq, ...]``, where beams repeat every sample."""
+        times = repeats(len(z), len(self.numbers))
+        z = z if times == 1 else z[::times]
+        if len(set(self.numbers)) == 1:
+            return z.select(1, self.numbers[0])
+        if z.device not in self._places:
+            self._places[z.device] = torch.arange(len(self._last), device=z.device), self._last.to(z.device)
+        return z[self._places[z.device]]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -91,6 +92,10 @@ class Anatomy:
     @property
     def stacks(self) -> dict[str, list[Site]]:
         """Sites by stack, each in layer order."""
+        return {stack: list(sites) for stack, sites in self._stacks.items()}
+
+    @cached_property
+    def _stacks(self) -> dict[str, list[Site]]:
         out: dict[str, list[Site]] = {}
         for site in self.sites:
             out.setdefault(site.stack, []).append(site)

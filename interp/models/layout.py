@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from interp.models.layout_cells import AUDIO, GENERATED, IMAGE, KINDS, PAD, LayoutError, array, blank
+from interp.models.layout_cells import AUDIO, FIELDS, GENERATED, IMAGE, KINDS, PAD, Cells, LayoutError, array, blank
 from interp.models.layout_images import Placed, place_images
 from interp.models.layout_tokens import strings, token_cells
 from interp.models.layout_vision import cross_cells, vision_cells
@@ -206,6 +206,31 @@ def layout(module: Any, inputs: Mapping[str, Any], tokenizer: Any = None, genera
         cells, names = cross_cells(config, inputs)
         out["cross"] = _assemble("cross", cells, np.full(cells.shape, -1), names)
     return out
+
+
+def text_cells(module: Any, inputs: Mapping[str, Any], tokenizer: Any = None) -> Cells | None:
+    """What :func:`layout` says of the text sequence, as records ``[sample, position]``, without what is for reading alone.
+
+    For policies that ask at every run: no readable strings, no other stack where the text does not depend on one.
+
+    Raises:
+        LayoutError: as :func:`layout`, but for inputs of other stacks.
+    """
+    from interp.models import unwrap
+
+    module = unwrap(module)
+    if getattr(module.config, "is_encoder_decoder", False) or inputs.get("input_ids") is None:
+        found = layout(module, inputs, tokenizer).get("text")
+        if found is None:
+            return None
+        cells = blank(found.shape, PAD)
+        for name in FIELDS:
+            cells[name] = getattr(found, name)
+        return cells
+    ids = array(inputs["input_ids"]).astype(np.int64)
+    cells, _ = token_cells(module.config, ids, inputs.get("attention_mask"), tokenizer, 0, "input_ids")
+    place_images(module, inputs, ids, cells)
+    return cells
 
 
 def _assemble(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -51,9 +52,8 @@ def special_ids(config: Any, tokenizer: Any) -> set[int]:
     found: set[int] = set()
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for owner in (config, text):
-        # Old configs say `_token_index`; both names appear in `to_dict` or as mapped attributes.
-        names = {*owner.to_dict(), *getattr(owner, "attribute_map", {})}
-        for name in names:
+        # Old configs say `_token_index`; both names appear among what is saved or as mapped attributes.
+        for name in {*_saved(owner), *getattr(owner, "attribute_map", {})}:
             if name.endswith(("_token_id", "_token_index")) and not name.startswith("_"):
                 value = getattr(owner, name, None)
                 values = value if isinstance(value, list | tuple) else [value]
@@ -63,6 +63,15 @@ def special_ids(config: Any, tokenizer: Any) -> set[int]:
         added = getattr(tokenizer, "added_tokens_decoder", {})
         found |= {int(i) for i, token in added.items() if getattr(token, "special", False)}
     return found
+
+
+def _saved(config: Any) -> Iterable[str]:
+    """Names of what a config saves of itself; ``to_dict`` copies every value, and a class may add names there."""
+    from transformers import PretrainedConfig
+
+    if getattr(type(config), "to_dict", None) is PretrainedConfig.to_dict:
+        return vars(config)
+    return config.to_dict()
 
 
 def strings(ids: NDArray[np.int64], tokenizer: Any) -> NDArray[np.object_]:

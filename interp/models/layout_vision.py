@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from interp.models.layout_cells import PAD, SPECIAL, Cells, Unit, array, blank, pair, patch_grid, require
+from interp.models.module_walk import every
 
 if TYPE_CHECKING:
     from interp.models.layout_images import Placed
@@ -102,7 +103,12 @@ def cross_cells(config: Any, inputs: Mapping[str, Any]) -> tuple[Cells, NDArray[
 def _special_names(module: Any) -> list[str]:
     config = vision_config(module.config)
     tower: Any = next((m for m in module.modules() if type(getattr(m, "config", None)) is type(config)), module)
-    parameters = {name.rpartition(".")[2]: p for name, p in tower.named_parameters()}
+    parameters = {
+        name: parameter
+        for part in every(tower)
+        for name, parameter in vars(part)["_parameters"].items()
+        if name in SPECIALS and parameter is not None
+    }
     names: list[str] = []
     for parameter, name in SPECIALS.items():
         if parameter in parameters:
@@ -257,10 +263,11 @@ def _stack(sequences: list[Cells]) -> Cells:
 def _names(cells: Cells, specials: list[str]) -> NDArray[np.object_]:
     """Readable names: ``[CLS]``, or ``row,column`` of a patch."""
     names = np.full(cells.shape, "", dtype=object)
-    for where in zip(*np.nonzero(cells["kind"] != PAD), strict=True):
-        cell = cells[where]
-        if cell["kind"] == SPECIAL:
-            names[where] = specials[min(int(where[1]), len(specials) - 1)]
-        else:
-            names[where] = f"{cell['row']},{cell['column']}"
+    samples, positions = np.nonzero(cells["kind"] != PAD)
+    # Lists of plain numbers: to ask an array of records for one value takes longer than to write the name.
+    found = (cells[samples, positions][field].tolist() for field in ("kind", "row", "column"))
+    names[samples, positions] = [
+        specials[min(position, len(specials) - 1)] if kind == SPECIAL else f"{row},{column}"
+        for position, kind, row, column in zip(positions.tolist(), *found, strict=True)
+    ]
     return names

@@ -140,3 +140,37 @@ def _names_interface(function: Any) -> bool:
             return True
         pending.extend(c for c in current.co_consts if isinstance(c, types.CodeType))
     return False
+
+
+def every(root: nn.Module) -> list[nn.Module]:
+    """As ``list(root.modules())``, without a generator for each level on the way."""
+    found: dict[nn.Module, None] = {}
+    pending = [root]
+    while pending:
+        module = pending.pop()
+        if module not in found:
+            found[module] = None
+            parts: dict[str, nn.Module | None] = module._modules  # pyright: ignore[reportPrivateUsage]
+            if parts:
+                pending.extend([part for part in reversed(parts.values()) if part is not None])
+    return list(found)
+
+
+def having(root: nn.Module, name: str) -> list[Any]:
+    """The modules of ``root`` that have an attribute; where few do, faster than asking each (a failed look-up is slow)."""
+    found: list[Any] = []
+    asked: dict[type, bool] = {}
+    for module in every(root):
+        cls = type(module)
+        ask = asked.get(cls)
+        if ask is None:
+            usual = cls.__getattr__ is nn.Module.__getattr__ and cls.__getattribute__ is object.__getattribute__
+            ask = asked[cls] = not usual or hasattr(cls, name)
+        held = vars(module)
+        if ask:
+            there = hasattr(module, name)
+        else:
+            there = name in held or name in held["_buffers"] or name in held["_parameters"] or name in held["_modules"]
+        if there:
+            found.append(module)
+    return found

@@ -7,11 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from interp.models.module_walk import having
 from interp.tracing.calls import Intervention, InterventionError, RunState, SiteCall
-from interp.tracing.prompt import Prompt
+from interp.tracing.prompt import IMAGE, PAD, Prompt
 from interp.tracing.session import hooked, untouched
 
 if TYPE_CHECKING:
@@ -27,16 +29,23 @@ def text_only_inputs(run: RunState, prompt: Prompt) -> dict[str, Tensor]:
     Markers around an image stay, as in the released code of VHR, which cuts the visual embeddings alone.
     """
     ids: Tensor = run.inputs["input_ids"]
-    keep = (prompt.real & ~prompt.image)[:, : ids.shape[1]].to(ids.device)
+    # Places are worked out beside the device, which would have to be waited for, and go there in one piece.
+    kind = prompt.kind[:, : ids.shape[1]].cpu().numpy()
+    keep = (kind != PAD) & (kind != IMAGE)
     lengths = keep.sum(-1)
     longest = int(lengths.max())
-    slots = torch.arange(longest, device=ids.device)[None] >= longest - lengths[:, None]
-    out = {"attention_mask": slots.to(torch.int64)}
+    sources = np.argsort(keep, axis=-1, kind="stable")[:, keep.shape[1] - longest :]
+    padded = bool((lengths < longest).any())
+    slots = torch.from_numpy(np.arange(longest) >= longest - lengths[:, None]).to(ids.device) if padded else None
+    sources = torch.from_numpy(sources).to(ids.device)
+    mask = torch.ones_like(sources) if slots is None else slots.to(torch.int64)
+    out = {"attention_mask": mask}
     for name in TOKENWISE:
         given = run.inputs.get(name)
         if name == "attention_mask" or not isinstance(given, Tensor) or given.ndim != 2:
             continue
-        out[name] = torch.zeros_like(slots, dtype=given.dtype).masked_scatter(slots, given[:, : keep.shape[1]][keep])
+        taken = given.gather(1, sources.to(given.device))
+        out[name] = taken if slots is None else taken.masked_fill(~slots.to(given.device), 0)
     return out
 
 
@@ -91,7 +100,7 @@ class _LastRow(Intervention):
 
     def after(self, call: SiteCall, z: Tensor) -> None:
         if self.acts_on(call.site, call.run):
-            self.z[call.site.name] = z[:, -1].detach().clone()
+            self.z[call.site.name] = z[:, -1].clone()
 
 
 def options_of(module: nn.Module, **wanted: Any) -> dict[str, Any]:
@@ -115,7 +124,7 @@ def plain_model(
     ``on`` says in errors what it runs on.
     """
     root = run.root or run.module
-    noting: list[Any] = [part for part in root.modules() if hasattr(part, "rope_deltas")]
+    noting = having(root, "rope_deltas")
     own = [part.rope_deltas for part in noting]
     for part in noting:
         part.rope_deltas = None if deltas is None else deltas.get(id(part))

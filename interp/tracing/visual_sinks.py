@@ -68,12 +68,15 @@ def width_of(module: nn.Module) -> int:
     return int(text.hidden_size)
 
 
-def phi(x: Tensor, dims: Sequence[int]) -> Tensor:
-    """``max over dims of |x[d] / RMS(x)|`` in fp32, ``[B, L]`` for ``x [B, L, d]``; RMS with 1e-6 and no weight."""
-    x = x.detach().float()
+def phi(x: Tensor, dims: Sequence[int] | Tensor) -> Tensor:
+    """``max over dims of |x[d] / RMS(x)|`` in fp32, ``[B, L]`` for ``x [B, L, d]``; RMS with 1e-6 and no weight.
+
+    ``dims`` are best an int64 tensor on x's device where many layers are asked: a list is copied there each time.
+    """
+    x = (x.detach() if x.requires_grad else x).float()
     rms = (x.square().mean(-1) + EPSILON).sqrt()
-    # Sliced one by one: a list of indices would be copied to the device in every layer.
-    return torch.stack([x[..., d] for d in dims], -1).abs().amax(-1) / rms
+    at = dims if isinstance(dims, Tensor) else torch.tensor(dims, dtype=torch.int64, device=x.device)
+    return torch.linalg.vector_norm(x.index_select(-1, at), torch.inf, -1) / rms
 
 
 def known_dimensions(module: nn.Module) -> SinkDimensions | None:
@@ -209,18 +212,23 @@ def watch_layer_inputs(
     """Call ``note(site, x)`` with what enters each site's layer ``[B, L, d]``, in this thread; returns what undoes it."""
     thread = threading.get_ident()
 
+    def enters(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs.get("hidden_states")
+        if threading.get_ident() == thread and isinstance(x, Tensor):
+            note(site, x)
+
+    disable: Any = torch.compiler.disable
+    uncompiled = disable(enters)
+
     def hook_for(site: Site) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs.get("hidden_states")
-            if threading.get_ident() == thread and isinstance(x, Tensor):
-                note(site, x)
+            # The way around the compiler costs as much as the rest, so it is taken under the compiler alone.
+            (uncompiled if torch.compiler.is_compiling() else enters)(site, args, kwargs)
 
         return hook
 
-    disable: Any = torch.compiler.disable
     handles = [
-        root.get_submodule(layer_of(site)).register_forward_pre_hook(disable(hook_for(site)), with_kwargs=True)
-        for site in sites
+        root.get_submodule(layer_of(site)).register_forward_pre_hook(hook_for(site), with_kwargs=True) for site in sites
     ]
 
     def undo() -> None:
@@ -249,8 +257,37 @@ def sink_codes(sinks: Tensor, prompt: Prompt, *, needs_visual: bool) -> Tensor:
 
     A sample without a visual sink gets 0 throughout where ``needs_visual`` says so.
     """
-    image, real = prompt.image.to(sinks.device), prompt.real.to(sinks.device)
-    codes = torch.where(image, 2 - sinks.to(torch.int8), 3 * (sinks & real).to(torch.int8))
-    if needs_visual:
-        codes = codes * (sinks & image).any(-1, keepdim=True)
-    return codes.to(torch.int8)
+    return SinkTables.of(prompt, sinks.device).codes(sinks, needs_visual=needs_visual)
+
+
+@dataclass(frozen=True, eq=False)
+class SinkTables:
+    """What :func:`sink_codes` takes from the prompt, once for all layers of a device.
+
+    Attributes:
+        sink, other: int8 ``[S, P]``, the group of each position where it is a sink and where it is none.
+        image: bool ``[S, P]``.
+    """
+
+    sink: Tensor
+    other: Tensor
+    image: Tensor
+
+    @classmethod
+    def of(cls, prompt: Prompt, device: torch.device) -> SinkTables:
+        image = prompt.image
+        other = 2 * image.to(torch.int8)
+        sink = torch.where(image, other - 1, 3 * prompt.real.to(torch.int8))
+        sink, other = torch.stack((sink, other)).to(device).unbind()
+        return cls(sink, other, other > 0)
+
+    def first(self, n: int) -> SinkTables:
+        """Of the first n positions."""
+        if n == self.image.shape[1]:
+            return self
+        return SinkTables(self.sink[:, :n], self.other[:, :n], self.image[:, :n])
+
+    def codes(self, sinks: Tensor, *, needs_visual: bool) -> Tensor:
+        """As :func:`sink_codes`."""
+        codes = torch.where(sinks, self.sink, self.other)
+        return codes * (sinks & self.image).any(-1, keepdim=True) if needs_visual else codes
