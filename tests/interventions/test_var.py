@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 import interp
@@ -29,6 +30,36 @@ def test_groups_of_sinks():
     # 1 visual sink, 2 other visual, 3 text sink; a pad is nothing; the second sample has no visual sink.
     assert sink_codes(sinks, prompt, needs_visual=False).tolist() == [[0, 3, 1, 2, 0], [3, 2, 2, 3, 0]]
     assert sink_codes(sinks, prompt, needs_visual=True).tolist() == [[0, 3, 1, 2, 0], [0, 0, 0, 0, 0]]
+
+
+class Operations(TorchDispatchMode):
+    """How many operations ran, and which of them waited for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_layer_of_the_prompt_costs_a_few_operations_and_no_wait(deep_llava, llava_inputs, monkeypatch):
+    """On a GPU each costs the host as much as a small kernel takes; what does not depend on the layer is made once."""
+    module, layers = deep_llava(6), []
+
+    def counted(self, *args, note=VAR._note):
+        with Operations() as found:
+            note(self, *args)
+        layers.append(found.names)
+
+    monkeypatch.setattr(VAR, "_note", counted)
+    with torch.no_grad(), interp.hooked(module, interventions=[VAR(**SOME, skip_first=0, skip_last=0)]):
+        module(**llava_inputs())
+    assert len(layers) == 6
+    for names in layers[1:]:
+        assert len(names) <= 13, names
+        assert "aten::_local_scalar_dense" not in names and "aten::_to_copy" not in names
 
 
 def test_both_conventions():

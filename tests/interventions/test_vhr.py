@@ -9,6 +9,8 @@ from interp import VHR, InterventionError
 from interp.models.anatomy import Anatomy, Site
 from interp.testing import build
 from interp.tracing.calls import RunState
+from interp.tracing.prompt import Prompt
+from interp.tracing.text_only import text_only_inputs
 
 
 def gains(session_module, inputs, vhr, forward=True, **options):
@@ -53,6 +55,22 @@ def test_rounding_chooses_no_head():
     assert not VHR().select(image, text, 1e-6).any()
     specimen, vhr = build("gemma3"), VHR(2.0, layers=[0])
     assert all((gain == 1).all() for gain in gains(specimen.module, specimen.inputs, vhr).values())
+
+
+def test_the_text_alone_is_padded_anew():
+    kind = torch.tensor([[-1, 0, 2, 2, 1, 1], [0, 2, 1, 2, 2, 2]], dtype=torch.int8)
+    ids = torch.arange(12).reshape(2, 6) + 10
+    given = {"input_ids": ids, "token_type_ids": ids * 2, "attention_mask": (kind >= 0).long(), "pixel_values": None}
+    run = RunState(torch.nn.Module(), Anatomy("M", (), {}, (), {}), given, True)
+    found = text_only_inputs(run, Prompt(kind, torch.zeros_like(kind)))
+    assert {name: value.tolist() for name, value in found.items()} == {
+        "attention_mask": [[1, 1, 1], [0, 1, 1]],
+        "input_ids": [[11, 14, 15], [0, 16, 18]],
+        "token_type_ids": [[22, 28, 30], [0, 32, 36]],
+    }
+    run.inputs.update(input_ids=ids[:1], token_type_ids=None)
+    even = text_only_inputs(run, Prompt(kind[:1], kind[:1]))
+    assert even["input_ids"].tolist() == [[11, 14, 15]] and even["attention_mask"].tolist() == [[1, 1, 1]]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from interp.models.layout import KINDS, Layout, LayoutError, layout
+from interp.models.layout import KINDS, Layout, LayoutError, layout, text_cells
+from interp.models.layout_cells import FIELDS
 from interp.testing import build, families
 
 SPECIAL, TEXT, IMAGE, GENERATED, AUDIO = range(5)
@@ -175,6 +176,10 @@ def test_layouts_have_the_lengths_of_the_run(name: str, which: str) -> None:
     if inputs is None:
         pytest.skip(f"{name} has no batch")
     found = layout(specimen.module, inputs)
+    cells = text_cells(specimen.module, inputs)
+    assert (cells is None) == ("text" not in found)
+    for field in () if cells is None else FIELDS:
+        assert (cells[field] == getattr(found["text"], field)).all(), field
     path_of = {module: path for path, module in specimen.module.named_modules()}
     calls: dict[str, list[tuple[int, int]]] = {}
 
