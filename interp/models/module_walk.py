@@ -75,13 +75,13 @@ class Walk:
         # Private, as in named_modules: what is registered, whatever the class makes of attribute access.
         members: dict[str, nn.Module | None] = module._modules  # pyright: ignore[reportPrivateUsage]
         for key, child in members.items():
-            if child is None or child in self._seen:
+            if child is None:
                 continue
-            self._seen.add(child)
             kind = self._kinds.get(type(child)) or self._kind(type(child))
             inside: bool = bool(child._modules)  # pyright: ignore[reportPrivateUsage]
-            if not inside and not kind[4]:
+            if not (inside or kind[4]) or child in self._seen:
                 continue
+            self._seen.add(child)
             name = prefix + key
             here = (child, name) if kind[3] else (owner, owner_path)
             numbers = (*places, (prefix[:-1], int(key))) if key.isdigit() else places
