@@ -13,15 +13,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from interp.attention import reference
 from interp.attention.call import Call, Places, Tile
-from interp.attention.edits import Blocks, DropKeys, GivenRows, Neighbourhood, SinkWindow, Threshold, TopKeys
-from interp.attention.mask import Visible
-from interp.attention.readouts import READING_AXES, Readings
+from interp.attention.edits import (
+    Blocks,
+    Boost,
+    DropKeys,
+    Edit,
+    Gain,
+    GivenRows,
+    GroupWeights,
+    Neighbourhood,
+    Redistribute,
+    SinkWindow,
+    Temperature,
+    Threshold,
+    TopKeys,
+    Uniform,
+)
+from interp.attention.kinds import LONGER, SHORT
+from interp.attention.mask import Mask, Visible
+from interp.attention.readouts import READING_AXES, Readings, Readout
 
 # One fp32 temporary of a tile. On a CPU it should fit into cache together with its neighbours, yet have enough rows for
 # the matrix products (4 MiB was the fastest of 0.5 to 8 MiB on a Xeon); on a GPU it should keep all cores busy.
@@ -42,6 +60,9 @@ def run(call: Call, tile_bytes: int | None = None) -> tuple[Tensor | None, Readi
         tile_bytes: byte budget of one temporary; None takes the device's.
     """
     if one_tile(call, tile_bytes):
+        if call.memo is not None and SHORT not in call.memo and tile_bytes is None and Again.able(call):
+            again = call.memo[SHORT] = Again.of(call)
+            call.memo[LONGER] = again.of_length
         return reference.run(call)
     batch, heads, n_queries, _ = call.shape
     z = call.q.new_empty(batch, n_queries, heads, call.v.shape[-1]) if call.want_output else None
@@ -68,6 +89,54 @@ def run(call: Call, tile_bytes: int | None = None) -> tuple[Tensor | None, Readi
             z[slice(*tile.batch), slice(*tile.rows), slice(*tile.heads)] = part_z.transpose(1, 2).to(z.dtype)
         gathered.add(readings, tile, places)
     return z, gathered.finished()
+
+
+@dataclass(eq=False)
+class Again:
+    """The way of later calls of a kind of which z alone is wanted, as every layer and token of a generation makes them."""
+
+    scale: float
+    mask: Mask
+    softcap: float | None
+    edit: Edit
+    readout: Readout
+    memo: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @staticmethod
+    def able(call: Call) -> bool:
+        """Whether the way leads there; draws of :class:`TopKeys` are others at every call."""
+        plain = call.want_output and call.readout.empty and not torch.is_grad_enabled()
+        return plain and not call.edit.of(TopKeys)
+
+    @classmethod
+    def of(cls, call: Call) -> Again:
+        return cls(call.scale, call.mask, call.softcap, call.edit, call.readout)
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor | None, groups: Tensor | None
+    ) -> Tensor:
+        edit, memo = self.edit, self.memo
+        if groups is not None:
+            edit, memo = edit.regrouped(groups[:, : k.shape[2]]), None
+        z, _ = run(
+            Call(
+                q=q, k=k, v=v, scale=self.scale, mask=self.mask, softcap=self.softcap, sinks=sinks, bias=bias, edit=edit,
+                readout=self.readout, want_output=True, memo=memo,
+            )
+        )  # fmt: skip
+        assert z is not None
+        return z
+
+    def of_length(self, k: Tensor, v: Tensor, groups: Tensor | None) -> Again | None:
+        """The way of calls whose one query row sees all of a cache of another length; None where the edit asks for places."""
+        if any(type(op) not in PLACELESS for op in self.edit.operations):
+            return None
+        edit = self.edit if groups is None else self.edit.regrouped(groups[:, : k.shape[2]])
+        return Again(self.scale, self.mask, self.softcap, edit, self.readout)
+
+
+PLACELESS = frozenset((Gain, Temperature, Boost, Uniform, GroupWeights, Redistribute))
+"""Operations that do not look at where a key lies, but for its group."""
 
 
 def visible_varies_by_head(call: Call) -> bool:

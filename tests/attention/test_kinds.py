@@ -19,6 +19,7 @@ from interp.attention import (
     Mask,
     Readout,
     Redistribute,
+    SinkWindow,
     TopKeys,
     attend,
     is_neutral,
@@ -31,7 +32,9 @@ from interp.attention.versions import unchanged, versions
 @pytest.fixture(autouse=True)
 def nothing_known() -> Iterator[None]:
     kinds.clear()
+    before = torch.is_grad_enabled()
     yield
+    torch.set_grad_enabled(before)
     kinds.clear()
 
 
@@ -181,10 +184,12 @@ def test_kinds_come_and_go_in_many_threads() -> None:
     assert len(kinds._kinds) <= kinds.KEPT
 
 
-def test_layers_that_differ_in_their_groups_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("grad", [True, False], ids=["", "no_grad"])
+def test_layers_that_differ_in_their_groups_are_checked_once(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from interp.attention import api
 
     kinds.clear()
+    torch.set_grad_enabled(grad)  # put back by the fixture
     checked = 0
     real = api.validate
 
@@ -215,9 +220,11 @@ def test_layers_that_differ_in_their_groups_are_checked_once(monkeypatch: pytest
     assert checked == 4  # both backends, with and without a readout
 
 
-def test_other_draws_are_checked_once_and_used(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("grad", [True, False], ids=["", "no_grad"])
+def test_other_draws_are_checked_once_and_used(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from interp.attention import api
 
+    torch.set_grad_enabled(grad)  # put back by the fixture
     checked: list[str] = []
     real = api.validate
     monkeypatch.setattr(api, "validate", lambda *args, **options: (checked.append(""), real(*args, **options)))
@@ -231,3 +238,40 @@ def test_other_draws_are_checked_once_and_used(monkeypatch: pytest.MonkeyPatch) 
         wanted = attend(**given, edit=Edit((TopKeys(4, each, 0.5),)), backend="reference").output
         torch.testing.assert_close(output, wanted)
     assert not torch.equal(got[0], got[1])  # pyright: ignore[reportArgumentType]
+
+
+GROWING: dict[str, tuple[Any, bool]] = {
+    "a gain": (Gain(torch.tensor([2.0, 0.5]).view(1, 2, 1)), True),
+    "weights": (GroupWeights(torch.tensor([1.0, 0.0, 0.5]).view(1, 1, 1, 3), renormalise=True), True),
+    "a boost": (Boost(torch.tensor([0.0, 0.3, -0.2]).view(1, 1, 1, 3)), True),
+    "moved": (Redistribute((0,), (1,), 0.5, (0, 1), (1,)), True),
+    "a window": (SinkWindow(1, 3), False),
+}
+"""Operations, and whether what was prepared for one length of the cache serves the next."""
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_a_growing_cache_is_checked_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from interp.attention import api
+
+    operation, lasts = GROWING[name]
+    checked: list[int] = []
+    real = api.validate
+    monkeypatch.setattr(api, "validate", lambda *args, **options: (checked.append(1), real(*args, **options)))
+    random = torch.Generator().manual_seed(0)
+    cache = torch.randn(2, 1, 2, 12, 8, generator=random)
+    family = Edit((operation,), n_groups=3)
+    with torch.no_grad():
+        for n in (8, 9, 10):
+            mask = Mask(causal=True, q_offset=n - 1)
+            k, v = cache[:, :, :, :n].contiguous()
+            for _ in range(2):  # layers
+                q = torch.randn(1, 2, 1, 8, generator=random)
+                groups = torch.randint(0, 3, (1, n), generator=random).to(torch.int8)
+                got = attend(q, k, v, scale=0.4, mask=mask, edit=family.regrouped(groups), backend="blockwise").output
+                asked = len(checked)
+                own = Edit((operation,), groups, n_groups=3)
+                wanted = attend(q, k, v, scale=0.4, mask=mask, edit=own, backend="reference").output
+                del checked[asked:]
+                torch.testing.assert_close(got, wanted)
+    assert len(checked) == (1 if lasts else 3)
