@@ -37,14 +37,16 @@ class Session:
     """
 
     def __init__(
-        self, model: Any, capture: Capture | None, interventions: Sequence[Intervention], backend: str
-    ) -> None:
+        self, model: Any, capture: Capture | None, interventions: Sequence[Intervention], backend: str,
+        sites: Anatomy | None = None,
+    ) -> None:  # fmt: skip
+        """As :func:`hooked`; ``sites`` are the model's where a caller has just listed them."""
         self.module = unwrap(model)
         self.model = model
         self.capture = capture or Capture()
         self.interventions = tuple(interventions)
         self.backend = backend
-        self.anatomy: Anatomy = anatomy(self.module)
+        self.anatomy: Anatomy = anatomy(self.module) if sites is None else sites
         self.anatomy.require_sites()
         for intervention in self.interventions:
             if not isinstance(intervention, Intervention):

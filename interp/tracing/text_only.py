@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from interp.models.module_walk import having
 from interp.tracing.calls import Intervention, InterventionError, RunState, SiteCall
 from interp.tracing.prompt import IMAGE, PAD, Prompt
-from interp.tracing.session import hooked, untouched
+from interp.tracing.session import Session, untouched
 
 if TYPE_CHECKING:
     from interp.models.anatomy import Site
@@ -86,7 +86,7 @@ def last_z(who: Intervention, run: RunState, prompt: Prompt, layers: Sequence[in
     inputs = text_only_inputs(run, prompt)
     module = text_module(run, inputs, who)
     reader = _LastRow(set(layers))
-    with plain_model(who, run, module), hooked(run.root or run.module, interventions=[reader]):
+    with plain_model(who, run, module), Session(run.root or run.module, None, [reader], "auto", run.anatomy):
         module(**inputs, **options_of(module, use_cache=False, logits_to_keep=1))
     return reader.z
 
