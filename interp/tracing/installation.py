@@ -11,7 +11,7 @@ import functools
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from interp.attention import Edit, Gain, attend, combine, is_neutral
 from interp.models.anatomy import Anatomy, Site
 from interp.models.base_edit import HOLDS
+from interp.models.module_walk import every
 from interp.tracing import bridge_link, dispatch
 from interp.tracing.call_arguments import decodes, site_call
 from interp.tracing.calls import RunState, SiteCall
@@ -75,11 +76,12 @@ class Installation:
         self.thread_name = ""
         self.sites: dict[int, Site] = {}
         self.modules: list[nn.Module] = []
+        parts = _on_the_way(module, shape)
         for site in shape.sites:
-            sub = module.get_submodule(site.name)
+            sub = parts[site.name]
             self.modules.append(sub)
             self.sites[id(sub)] = site
-        self.configs = _configs(module, shape)
+        self.configs = _configs(parts, shape)
         self.handles: list[Any] = []
         self.watched: list[Any] = []
         self.chunks: dict[int, list[int]] = {}
@@ -114,7 +116,7 @@ class Installation:
         self._placed = True
         if self.plant is not None:
             weakref.finalize(self, dispatch.forget, [id(m) for m in self.modules], [id(c) for c in self.configs])
-        for sub in self.module.modules():
+        for sub in every(self.module):
             if isinstance(sub, PreTrainedModel):
                 self.known.add(id(sub))
                 self.handles.append(sub.register_forward_pre_hook(disable(self._enter), with_kwargs=True, prepend=True))
@@ -423,20 +425,29 @@ class Installation:
         return cast(Tensor, out.output), None, None
 
 
-def _configs(module: nn.Module, shape: Anatomy) -> list[Any]:
+def _on_the_way(module: nn.Module, shape: Anatomy) -> dict[str, Any]:
+    """The modules between the root and each site by path, both ends included: each looked up once, in order."""
+    found: dict[str, Any] = {"": module}
+    for site in shape.sites:
+        walked, path = found[""], ""
+        for part in site.name.split("."):
+            path = f"{path}.{part}" if path else part
+            if path not in found:
+                found[path] = getattr(walked, part)
+            walked = found[path]
+    return found
+
+
+def _configs(modules: Mapping[str, Any], shape: Anatomy) -> list[Any]:
     """Configs that the sites and the models around them read; masks are built from the latter."""
     from transformers import PreTrainedModel
 
-    found: dict[int, Any] = {}
-    for site in shape.sites:
-        walked: Any = module
-        for part in ["", *site.name.split(".")]:
-            walked = getattr(walked, part) if part else walked
-            config = getattr(walked, "config", None)
-            reads = isinstance(walked, PreTrainedModel) or walked is module.get_submodule(site.name)
-            if reads and hasattr(config, "_attn_implementation_internal"):
-                found[id(config)] = config
-    return list(found.values())
+    sites = {site.name for site in shape.sites}
+    held = [
+        getattr(m, "config", None) for path, m in modules.items() if path in sites or isinstance(m, PreTrainedModel)
+    ]
+    found = {id(config): config for config in held}
+    return [config for config in found.values() if hasattr(config, "_attn_implementation_internal")]
 
 
 def _identity(session: Session) -> dict[str, Any]:
