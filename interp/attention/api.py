@@ -157,19 +157,18 @@ def attend(
     return Attended(output, readings)
 
 
-def shortcut(
+def kind_of(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Mask, edit: Edit, backend: str = "auto"
-) -> kinds.Short | None:
-    """The way that :func:`attend` has just found for this very call and will take when it comes again, None where it looks anew.
+) -> kinds.Kind | None:
+    """The kind that :func:`attend` has just found for this very call, None where it would look anew.
 
     For callers who know that their next calls have operands of the same shapes, strides, dtypes and device, the same mask and
-    an edit of the same family: they save asking.
+    an edit of the same family: going the kind's short way, where it has one, they save asking.
     """
     family, groups = (edit, None) if edit.family is None else (edit.family, edit.groups)
     nothing = (None, None, None)
     rest = _rest(q, k, v, scale, mask, NO_READOUT, (None, backend, True), nothing)
-    kind = kinds.known((id(family), kinds.shape_of(groups), *rest))
-    return None if kind is None else kind.short
+    return kinds.known((id(family), kinds.shape_of(groups), *rest))
 
 
 def _rest(

@@ -30,8 +30,10 @@ Short = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor |
 on after the last key."""
 SHORT = "short"
 """Where a backend leaves, in the memo of a kind that nobody reads or differentiates, a shorter way for calls after the first."""
+Longer = Callable[[Tensor, Tensor, Tensor | None], Short | None]
+"""Of k, v and the edit's groups the short way of a call on a cache that has grown, all of which its one row sees; or None."""
 LONGER = "longer"
-"""Where it leaves what makes, of k, v and the edit's groups, the short way of a call on a cache that has grown, or None."""
+"""Where it leaves such a function."""
 
 
 @dataclass(eq=False)
@@ -58,9 +60,14 @@ class Kind:
         """The way of later calls where the backend has left one."""
         return self.memo.get(SHORT)
 
+    @property
+    def longer(self) -> Longer | None:
+        """What makes the short way of calls on a cache that has grown where the backend has left it."""
+        return self.memo.get(LONGER)
+
     def of_length(self, k: Tensor, v: Tensor, mask: Mask, edit: Edit, readout: Readout) -> Kind | None:
         """The kind of calls that differ from those of this one in the length of the cache alone, where the backend can tell."""
-        longer = self.memo.get(LONGER)
+        longer = self.longer
         short = None if longer is None else longer(k, v, edit.groups)
         if short is None:
             return None

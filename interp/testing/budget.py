@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def assert_within_error_budget(
-    got: Tensor, reference64: Tensor, low_precision: Tensor, *, factor: float = 2.0, what: str = "result"
-) -> None:
+    got: Tensor, reference64: Tensor, low_precision: Tensor, *, factor: float = 2.0, units: float = 1.0, what: str = "result"
+) -> None:  # fmt: skip
     """Assert that ``got`` is no further from fp64 than ``factor`` times PyTorch's own low-precision path, and rounding.
 
     Args:
@@ -16,9 +16,10 @@ def assert_within_error_budget(
         reference64: the same computed in fp64 from the same (low-precision) inputs.
         low_precision: the same computed by PyTorch in the dtype of ``got``.
         factor: how many times worse than PyTorch it may be.
+        units: the width of the band.
         what: name of the result in the failure.
 
-    The band is one unit in the last place of ``low_precision``'s dtype at the largest reference value: where PyTorch
+    The band is so many units in the last place of ``low_precision``'s dtype at the largest reference value: where PyTorch
     happens to be exact, rounding the right answer must still pass. Infinite entries must be equal.
 
     Raises:
@@ -43,7 +44,7 @@ def assert_within_error_budget(
     error = (got64 - reference).abs().max().item()
     base = (low64 - reference).abs().max().item()
     eps = torch.finfo(low_precision.dtype).eps
-    band = eps * max(reference.abs().max().item(), torch.finfo(low_precision.dtype).tiny)
+    band = units * eps * max(reference.abs().max().item(), torch.finfo(low_precision.dtype).tiny)
     limit = factor * base + band
     if not error <= limit:
         worst = int((got64 - reference).abs().nan_to_num(torch.inf).argmax())

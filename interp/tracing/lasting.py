@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from interp.attention import Edit, Gain, attend
-from interp.attention.api import shortcut
-from interp.attention.kinds import Short
+from interp.attention.api import kind_of
+from interp.attention.kinds import Longer, Short
 from interp.tracing import dispatch
 from interp.tracing.calls import Grouping, Intervention, SiteCall
 from interp.tracing.gains import scaled
@@ -58,11 +58,15 @@ class Own:
 
 @dataclass(eq=False)
 class Step:
-    """The way of the op that a token's first layer has found, for the layers after it whose operands are of the same kind."""
+    """The way of the op that a token's first layer has found, for the layers after it whose operands are of the same kind.
+
+    ``longer`` makes the next token's of it: inside ``generate`` a mask that hides nothing does not begin to.
+    """
 
     mask: LazyMask | None = None
     layout: tuple[Any, ...] = ()
     short: Short | None = None
+    longer: Longer | None = None
     how: str = ""
 
 
@@ -74,6 +78,7 @@ class Edited:
 
     Attributes:
         step: shared by the sites of a run that have the same template, dtype and device.
+        generating: the run is a ``generate``, which makes the masks itself.
         used: the site's entry in ``Session.report``.
     """
 
@@ -86,6 +91,7 @@ class Edited:
     groups: Grouping | None
     backend: str
     step: Step
+    generating: bool
     used: dict[str, int] = field(repr=False)
 
     def fits(self, query: Tensor, key: Tensor, mask: Any) -> bool:
@@ -114,14 +120,34 @@ class Edited:
         return z.contiguous(), None
 
     def _first(self, lazy: LazyMask, query: Tensor, key: Tensor, value: Tensor, groups: Tensor | None) -> Tensor:
-        seen, edit, step = lazy.describe(), self.template, self.step
+        step = self.step
+        if (short := self._grown(lazy, query, key, value, groups)) is not None:
+            step.mask, step.short, step.layout = lazy, short, _layout(self.scale, query, key, value, groups)
+            return short(query, key, value, None, None, groups)
+        seen, edit = lazy.describe(), self.template
         if self.groups is not None:
             edit = self.groups.edit_at(self.batch, seen.kv_offset, key.shape[2], self.device, edit)
         out = attend(query, key, value, scale=self.scale, mask=seen, edit=edit, backend=self.backend)
-        short = shortcut(query, key, value, scale=self.scale, mask=seen, edit=edit, backend=self.backend)
-        step.mask, step.short, step.how = lazy, short, f"edited by {out.readings.backend}"
-        step.layout = () if short is None else _layout(self.scale, query, key, value, groups)
+        kind = kind_of(query, key, value, scale=self.scale, mask=seen, edit=edit, backend=self.backend)
+        step.mask, step.how = lazy, f"edited by {out.readings.backend}"
+        step.short = None if kind is None else kind.short
+        whole = self.generating and seen.padding is None and seen.window is None and seen.rule is None
+        step.longer = kind.longer if kind is not None and whole else None
+        step.layout = () if kind is None else _layout(self.scale, query, key, value, groups)
         return cast(Tensor, out.output)
+
+    def _grown(self, lazy: LazyMask, q: Tensor, k: Tensor, v: Tensor, groups: Tensor | None) -> Short | None:
+        """The way of a token more than the last, where nothing but the length of the cache can be new."""
+        step, last = self.step, self.step.mask
+        if step.longer is None or last is None or lazy is last or not lazy.follows(last):
+            return None
+        before, now = step.layout, _layout(self.scale, q, k, v, groups)
+        cached = slice(3, 8)  # shapes and strides of k and v
+        fixed = before[: cached.start] == now[: cached.start] and before[cached.stop :] == now[cached.stop :]
+        k_before, v_before = before[3], before[6]
+        sizes = (k.shape[:2], k.shape[3], v.shape[:2], v.shape[3], k.dtype, k.shape[2])
+        same = sizes == (k_before[:2], k_before[3], v_before[:2], v_before[3], before[5], v.shape[2])
+        return step.longer(k, v, groups) if fixed and same else None
 
 
 def _layout(scale: float, q: Tensor, k: Tensor, v: Tensor, groups: Tensor | None) -> tuple[Any, ...]:
@@ -157,4 +183,16 @@ def settle(
         return None  # what such a call needs beside q, k, v and the mask is worked out at every call
     device, dtype = call.q.device, call.q.dtype
     step = call.run.steps.setdefault((id(template), device, dtype), Step())
-    return Edited(call.q.shape[0], device, dtype, call.scale, tuple(gains), template, groups, backend, step, used)
+    return Edited(
+        call.q.shape[0],
+        device,
+        dtype,
+        call.scale,
+        tuple(gains),
+        template,
+        groups,
+        backend,
+        step,
+        call.run.generating,
+        used,
+    )

@@ -58,6 +58,16 @@ class LazyMask:
     def kv_offset(self) -> int:
         return int(self.arguments.get("kv_offset", 0))
 
+    def follows(self, last: LazyMask) -> bool:
+        """Whether this is the mask of ``last`` a token or more later, for one row that sees as far as the keys go."""
+        a, b = self.arguments, last.arguments
+        same = (
+            all(a.get(name) is b.get(name) for name in ("mask_function", "use_vmap"))
+            and a["batch_size"] == b["batch_size"]
+        )
+        ends = self.q_offset - self.kv_offset == a["kv_length"] - 1 and self.kv_offset == last.kv_offset
+        return same and ends and a["kv_length"] > b["kv_length"] and a["q_length"] == b["q_length"] == 1
+
     def native(self) -> Any:
         """What the model's own implementation would have received: a tensor, None, a block mask."""
         if self._native is _MISSING:

@@ -8,6 +8,8 @@ kernels, and is these kernels.
 # pyright: basic, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportCallIssue=false, reportArgumentType=false
 # pyright: reportPossiblyUnboundVariable=false, reportIndexIssue=false
 
+import functools
+from copy import copy
 from typing import Any
 
 import torch
@@ -15,11 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from interp.attention.triton import tuned
 from interp.attention.triton.decode import combine_row, decode_kernel
-from interp.attention.triton.decode_arguments import UNEDITED_FLAGS, Work
+from interp.attention.triton.decode_arguments import UNEDITED_FLAGS, Work, with_batch_stride
 from interp.attention.triton.devices import interpreted
 from interp.attention.triton.launching import Start
-from interp.attention.triton.tables import next_power
+from interp.attention.triton.tables import next_power, row_major
 
 MOST_ROWS = 8
 """Query heads of a key-value head at most: one program puts the rows of all together, one after the other."""
@@ -108,6 +111,7 @@ class Joined:
         weights, values = work.weights, work.values
         self.z_shape, self.device = (batch, n_queries, heads, work.widths[1]), work.device
         self.part_size, self.groups = 1 if direct else part_size, work.groups
+        self.parts, self.bucket = n_splits, tuned.bucket(max(work.span, 1))
         parts = next_power(n_splits * weights.n_classes)
         constants = (
             bm, bn, row_blocks, *work.widths, *dims, heads // n_kv, interpreted(), "ieee", work.flags[7], direct,
@@ -120,6 +124,26 @@ class Joined:
         grid = (batch * n_kv * row_blocks * n_splits, 1, 1)
         variant = ("joined", work.device.index, work.dtypes, constants, warps, stages)
         self.start = Start(joined_kernel, grid, (*fixed, *constants), warps, stages, variant)
+
+    def grown(self, k: Tensor, v: Tensor, groups: Tensor | None, parts: int) -> "Joined | None":
+        """The same on a cache of another length, all of which the row sees; None where it would be another launch.
+
+        A token would otherwise wait for what is known of its last one but for a few numbers.
+        """
+        steps = (*k.stride()[:3], *v.stride()[:3])
+        together = functools.reduce(int.__or__, steps)
+        same = (
+            parts == self.parts and not together & 15 and together < 1 << 31 and k.stride(3) == 1 and v.stride(3) == 1
+        )
+        if not same or (groups is None) != (self.groups[0] is None) or tuned.bucket(k.shape[2]) != self.bucket:
+            return None
+        made, start = copy(self), copy(self.start)
+        if groups is not None:
+            made.groups = with_batch_stride(row_major(groups))
+        fixed = self.start.fixed
+        start.fixed = (made.groups[1], *fixed[1:4], *steps, *fixed[10:13], k.shape[2], *fixed[14:])
+        made.start = start
+        return made
 
     @staticmethod
     def able(work: Work) -> bool:

@@ -242,9 +242,14 @@ class MapPass:
 
 def n_parts(work: Work) -> int:
     """How many parts the keys are split into."""
-    if forced_parts is not None or work.device.type == "cpu":
+    return parts_at(work.shape[0] * work.shape[2], work.span, work.device)
+
+
+def parts_at(units: int, span: int, device: torch.device) -> int:
+    """As :func:`n_parts`, for so many samples times key-value heads and so many keys that a row reads at most."""
+    if forced_parts is not None or device.type == "cpu":
         return forced_parts or 1
-    return parts_of(work.shape[0] * work.shape[2], max(work.span, 1) // FEWEST_KEYS, _processors(work.device.index))
+    return parts_of(units, max(span, 1) // FEWEST_KEYS, _processors(device.index))
 
 
 class Tile(NamedTuple):

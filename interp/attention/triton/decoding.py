@@ -25,7 +25,8 @@ from interp.attention.kinds import Short
 from interp.attention.mask import Visible
 from interp.attention.readouts import Readings
 from interp.attention.triton.decode_arguments import Work
-from interp.attention.triton.decode_launch import MOST_ROWS, Given, Live, MapPass, Pass
+from interp.attention.triton.decode_joined import Joined
+from interp.attention.triton.decode_launch import MOST_ROWS, Given, Live, MapPass, Pass, parts_at
 from interp.attention.triton.tables import Tables, row_major
 
 MAP_BYTES = 256 << 20
@@ -70,6 +71,11 @@ class Decoding:
         plain = call.want_output and not (self.stats or self.from_map or self.in_turn)
         self.rows_in_order = all(x.stride(3) == 1 for x in (call.q, call.k, call.v))
         self.short: Short | None = self._shortest() if plain else None
+        self.one_launch = self.short == self._joined
+        self.by_parts: dict[int, Joined] = {}
+        """Launches of calls on a growing cache, by the number of parts."""
+        if plain and self.main.joined is not None:
+            self.by_parts[self.main.joined.parts] = self.main.joined
 
     def _shortest(self) -> Short:
         """The way of later calls, whose operands lie as those of this one."""
@@ -96,13 +102,41 @@ class Decoding:
 
     def of_length(self, k: Tensor, v: Tensor, groups: Tensor | None) -> Short | None:
         """The short way of calls that differ in the length of the cache alone, see :meth:`Work.of_length`."""
+        if self.short is None:
+            return None
+        if not self.one_launch:
+            made = self._of_length(k, v, groups)
+            return None if made is None else made.short
+        units = self.work.shape[0] * self.work.shape[2]
+        parts = parts_at(units, k.shape[2], self.work.device)
+        known = self.by_parts.get(parts)
+        joined = None if known is None else known.grown(k, v, groups, parts)
+        if joined is None:
+            made = self._of_length(k, v, groups)
+            if made is not None and made.main.joined is not None:
+                self.by_parts[parts] = made.main.joined
+            return None if made is None else made.short
+
+        def way(
+            q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor | None, groups: Tensor | None
+        ) -> Tensor:
+            z = joined(q, k, v, groups)
+            if z is not None:
+                return z
+            made = self._of_length(k, v, joined.groups[0] if groups is None else groups)
+            assert made is not None
+            return made._output(q, k, v, sinks, bias, groups)
+
+        return way
+
+    def _of_length(self, k: Tensor, v: Tensor, groups: Tensor | None) -> Decoding | None:
         work = self.work.of_length(k, v, groups)
-        if work is None or self.short is None:
+        if work is None:
             return None
         made = copy(self)
         made.work, made.main = work, Pass(work, self.asked, output=True)
         made.short = made._shortest()
-        return made.short
+        return made
 
     def run(self, call: Call) -> tuple[Tensor | None, Readings]:
         """z and readings of a call of this kind."""

@@ -17,6 +17,8 @@ from interp.attention.call import Call, Tile, tile_edit
 from interp.attention.edits import MAX_DROPPED_KEYS, STAGES, DropKeys, Edit, Threshold, TopKeys
 from interp.attention.readouts import Readings, Readout
 
+ROUNDING = 8e-7
+"""Of a score that was worked out from its weight, as a fraction of it and the log-sum-exp: twice what the steps can add up to."""
 BLOCK = 1 << 24
 """Weights looked at at once, so that no whole map is held."""
 
@@ -61,11 +63,11 @@ def run(call: Call) -> tuple[Tensor | None, Readings]:
 
 
 def _as_threshold(op: TopKeys, found: Ranked) -> Threshold:
-    """A score between those of the k-th key and the next; nearly equal ones are all kept."""
+    """A score between those of the k-th key and the next; of keys that rounding cannot tell apart all are kept."""
     kth, following = found.weights[..., op.k - 1], found.weights[..., op.k]
     lowest = kth.log() + found.lse
     gap = (kth.log() - following.log()).clamp(max=1.0)
-    margin = torch.maximum(gap / 2, 1e-5 * (1 + lowest.abs()))
+    margin = torch.maximum(gap / 2, ROUNDING * (1 + lowest.abs() + found.lse.abs()))
     return Threshold(torch.where(kth > 0, lowest - margin, -torch.inf), op.where)
 
 

@@ -24,13 +24,14 @@ MOVE = Redistribute((0,), (1,), 0.7, (0, 1), (1,), 0.1, 0.2)
 
 
 def call(
-    *operations: Operation, batch: int = 2, heads: int = 4, kv_heads: int = 2, v_dim: int = 16, seed: int = 0, **given: Any
+    *operations: Operation, batch: int = 2, heads: int = 4, kv_heads: int = 2, v_dim: int = 16, keys: int = KEYS,
+    seed: int = 0, **given: Any,
 ) -> Call:  # fmt: skip
     random = torch.Generator().manual_seed(seed)
-    shapes = (batch, heads, 1, 32), (batch, kv_heads, KEYS, 32), (batch, kv_heads, KEYS, v_dim)
+    shapes = (batch, heads, 1, 32), (batch, kv_heads, keys, 32), (batch, kv_heads, keys, v_dim)
     q, k, v = (torch.randn(shape, generator=random).to(DEVICE) for shape in shapes)
-    groups = torch.randint(0, 3, (batch, KEYS), generator=random).to(torch.int8).to(DEVICE)
-    mask = given.pop("mask", Mask(causal=True, q_offset=KEYS - 1)).simplified(1, KEYS)
+    groups = torch.randint(0, 3, (batch, keys), generator=random).to(torch.int8).to(DEVICE)
+    mask = given.pop("mask", Mask(causal=True, q_offset=keys - 1)).simplified(1, keys)
     settings = {"softcap": None, "sinks": None, "bias": None, **given}
     return Call(
         q=q, k=k, v=v, scale=0.4, mask=mask, edit=Edit(operations, groups if operations else None), readout=Readout(),
@@ -72,6 +73,30 @@ def test_as_specified(
         torch.testing.assert_close(short(way, made).double(), exact(made), atol=5e-6, rtol=5e-6)
     room = decode_joined.shared_room(first.q.device)
     assert room is not None and not room[0].any()
+
+
+@pytest.mark.parametrize("splits", [(3, 3), (3, 2)], ids=["as many parts", "fewer"])
+@pytest.mark.parametrize("operations", [(), (MOVE,)], ids=["plain", "moved"])
+def test_a_cache_grows(
+    operations: tuple[Operation, ...], splits: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_launch, "forced_parts", splits[0])
+    way = Decoding(call(*operations))
+    assert way.main.joined is not None
+    grown = call(*operations, seed=1, keys=KEYS + 3)
+    prepared: list[int] = []
+    general = way._of_length
+    monkeypatch.setattr(way, "_of_length", lambda *given: (prepared.append(0), general(*given))[1])
+    monkeypatch.setattr(decode_launch, "forced_parts", splits[1])
+    for _ in range(2):
+        longer = way.of_length(grown.k, grown.v, grown.edit.groups)
+        assert longer is not None
+        for groups in (grown.edit.groups, None):
+            z = longer(grown.q, grown.k, grown.v, None, None, groups)
+            torch.testing.assert_close(z.double(), exact(grown), atol=5e-6, rtol=5e-6)
+    assert len(prepared) == (splits[0] != splits[1])  # what was prepared for so many parts serves the next length, too
+    wide = torch.zeros(2, 2, KEYS + 4, 36, device=DEVICE)[..., :32]
+    assert way.of_length(wide, wide, None) is None
 
 
 def test_layers_may_have_groups_of_their_own() -> None:

@@ -42,6 +42,20 @@ def test_rows_by_blocks_are_the_whole(rows: int, drawn: bool, monkeypatch: pytes
         torch.testing.assert_close(getattr(got.readings, name), reading, atol=2e-5, rtol=2e-5, check_dtype=False)
 
 
+def test_scores_that_hardly_differ_are_told_apart() -> None:
+    # Scores 3, 3 - gap, 1, 1, ...: the first alone is kept where fp32 can tell it from the second.
+    for gap, kept in ((2e-5, 1), (1e-7, 2)):
+        scores = torch.full((1, 1, 1, 20), 1.0, dtype=torch.float64, device=DEVICE)
+        scores[..., 7], scores[..., 3] = 3.0, 3.0 - gap
+        q = torch.ones(1, 1, 1, 16, device=DEVICE)
+        k = (scores.mT / 16).expand(-1, -1, -1, 16).float().contiguous()
+        readout = Readout(attention=True)
+        found = attend(
+            q, k, k, scale=1.0, edit=Edit((TopKeys(1),)), readout=readout, backend="triton"
+        ).readings.attention
+        assert found is not None and int((found > 0).sum()) == kept and bool(found[..., 7] > 0)
+
+
 @pytest.mark.parametrize(
     ("operations", "says"),
     [
