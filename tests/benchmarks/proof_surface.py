@@ -195,6 +195,11 @@ def draw(folder: Path = PICTURES) -> None:
     scenes, content = result("proof_scenes"), recorded()
     picture(content["rows"], tuned(scenes["rows"]), where(content), folder / "surface_methods.png")
     n = next(r["n"] for r in scenes["rows"] if r["what"] == "confirmed" and "n" in r)
+    if (RESULTS / "proof_greedy.json").exists():
+        curves = {r["split"]: r["frontier"] for r in result("proof_greedy")["rows"]}
+        for row in scenes["rows"]:
+            if row.get("setting") == "greedy":
+                row.setdefault("frontier", curves[row["split"]])
     title = f"Captions of {n} scenes a split, default and tuned strength joined, 95 % bootstrap intervals by image. {where(scenes)}"
     _frontier.picture(scenes["rows"], title, folder / "chair_frontier.png")
 
