@@ -9,8 +9,7 @@ kernels, and is these kernels.
 # pyright: reportPossiblyUnboundVariable=false, reportIndexIssue=false
 
 import functools
-from copy import copy
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -23,6 +22,8 @@ from interp.attention.triton.decode_arguments import UNEDITED_FLAGS, Work, with_
 from interp.attention.triton.devices import interpreted
 from interp.attention.triton.launching import Start
 from interp.attention.triton.tables import next_power, row_major
+
+T = TypeVar("T")
 
 MOST_ROWS = 8
 """Query heads of a key-value head at most: one program puts the rows of all together, one after the other."""
@@ -137,7 +138,7 @@ class Joined:
         )
         if not same or (groups is None) != (self.groups[0] is None) or tuned.bucket(k.shape[2]) != self.bucket:
             return None
-        made, start = copy(self), copy(self.start)
+        made, start = _like(self), _like(self.start)
         if groups is not None:
             made.groups = with_batch_stride(row_major(groups))
         fixed = self.start.fixed
@@ -173,6 +174,13 @@ class Joined:
         z = q.new_empty(self.z_shape)
         self.start((q, k, v, z, part, groups, counts), not at & 15)
         return z
+
+
+def _like(thing: T) -> T:
+    """A shallow copy, at a tenth of what :func:`copy.copy` takes."""
+    made = object.__new__(type(thing))
+    vars(made).update(vars(thing))
+    return made
 
 
 _rooms: dict[tuple[int | None, int], tuple[Tensor, Tensor]] = {}
