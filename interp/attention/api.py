@@ -121,12 +121,15 @@ def attend(
     if family is not None:
         # What a kind without a short way keeps is about its own groups; that it is right and who computes it is not.
         kin, key = kind, (id(edit), *rest)
-        kind = kinds.known(key)
+        # Groups are handed out for all tokens, draws for one.
+        drawn = groups is None
+        kind = None if drawn and kin is not None else kinds.known(key)
         if kind is None and kin is not None:
             holds = (mask, edit, readout)
             mine = edit if kin.edit.operations else kin.edit
-            kind = replace(kin, holds=holds, edit=mine, versions=versions(*holds), memo={})
-            kinds.remember(key, kind)
+            kind = replace(kin, holds=holds, edit=mine, versions=[] if drawn else versions(*holds), memo={})
+            if not drawn:
+                kinds.remember(key, kind)
     call = Call(
         q=q,
         k=k,

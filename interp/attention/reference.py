@@ -191,9 +191,11 @@ def hidden_candidates(op: TopKeys, there: Tensor, most: Tensor) -> Tensor:
     """Which candidates to hide, ``[B, H, Lq, n]``, of those that are ``there``; at most ``most [B, H, Lq, 1]`` of a row."""
     assert op.draws is not None
     draws = op.draws[..., : there.shape[-1]].expand(there.shape).masked_fill(~there, torch.inf)
-    order = draws.argsort(-1).argsort(-1)
+    order = draws.argsort(-1)
     wanted = (there.sum(-1, keepdim=True) * op.share).long() if op.exact else (draws < op.share).sum(-1, keepdim=True)
-    return there & (order < torch.minimum(wanted, most.clamp_min(0)))
+    places = torch.arange(there.shape[-1], device=there.device)
+    among = places < torch.minimum(wanted, most.clamp_min(0))
+    return there & torch.zeros_like(there).scatter_(-1, order, among)
 
 
 def chebyshev(query_coords: Tensor, key_coords: Tensor) -> Tensor:

@@ -43,7 +43,9 @@ def _captured(function: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, int
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        function()
+        # The first call of a kind and the second may go different ways, and each compiles what it needs.
+        for _ in range(3):
+            function()
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         function()

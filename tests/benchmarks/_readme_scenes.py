@@ -44,7 +44,11 @@ def pictures() -> list[str]:
         "",
         "![CHAIR over recall and length](docs/assets/chair_frontier.png)",
         "",
-        "`python tests/benchmarks/proof_surface.py --draw` draws both from the recorded results.",
+        (
+            "`python tests/benchmarks/proof_surface.py --draw` draws both from the recorded results "
+            f"(`proof_surface.json`: `{recorded()['command']}`, {where(recorded())}; greedy's own curve, `proof_greedy.py`, is made on a "
+            "CPU, whose greedy captions have the figures of the GPU's)."
+        ),
     ]
 
 
