@@ -205,7 +205,8 @@ class VAR(Intervention):
             rows = prompt_rows(call, prompt.real & ~prompt.image, beyond=True)
             known = state["prefill"] = (place, self._edit(rows[:, None]))
         codes = groups.codes
-        if call.q.shape[0] != len(codes) or call.mask.kv_offset or call.k.shape[2] != codes.shape[1]:
+        elsewhere = codes.device != call.q.device
+        if elsewhere or call.q.shape[0] != len(codes) or call.mask.kv_offset or call.k.shape[2] != codes.shape[1]:
             codes = groups.of(call)
         return known[1].regrouped(codes)
 

@@ -325,6 +325,12 @@ class Installation:
         alone = self.sessions[0] if len(self.sessions) == 1 and self.plant is None and one_row else None
         if alone is not None and (me not in alone.runs or alone.runs[me][1] is not None or not decodes(site)):
             alone = None
+        if alone is not None:
+            # Settled before sessions were suspended for a while, as text branches do at every token.
+            settled = alone.runs[me][0].lasting.get(site.name)
+            if settled is not None and settled.fits(query, key, attention_mask):
+                self.direct.setdefault(me, {})[id(module)] = settled
+                return settled(module, query, key, value, attention_mask, options)
         live = [(s, *s.runs[me]) for s in self.sessions if me in s.runs]
         planted = self.plant if self.plant is not None and self.plant.acts_on(site, me) else None
         if planted is None:

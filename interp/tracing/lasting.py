@@ -7,6 +7,7 @@ attention op, whose way through a step's first layer the later ones take again.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -18,7 +19,7 @@ from interp.attention import Edit, Gain, attend
 from interp.attention.api import kind_of
 from interp.attention.kinds import Longer, Short
 from interp.tracing import dispatch
-from interp.tracing.calls import Grouping, Intervention, SiteCall
+from interp.tracing.calls import Grouping, Intervention, RunState, SiteCall
 from interp.tracing.gains import scaled
 from interp.tracing.masks import LazyMask
 
@@ -30,16 +31,18 @@ class Own:
     """The model's own function, and gains on what it gives.
 
     Attributes:
+        batch: of the calls, where gains may be by sample.
         used: the site's entry in ``Session.report``.
     """
 
     function: dispatch.Handler
     gains: tuple[Gain, ...]
     used: dict[str, int]
+    batch: int | None = None
 
     def fits(self, query: Tensor, key: Tensor, mask: Any) -> bool:
         """Whether a call with one query row is one of those that were spoken of; the others must be looked at."""
-        return True
+        return self.batch is None or self.batch == query.shape[0]
 
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Options
@@ -60,10 +63,12 @@ class Own:
 class Step:
     """The way of the op that a token's first layer has found, for the layers after it whose operands are of the same kind.
 
-    ``longer`` makes the next token's of it: inside ``generate`` a mask that hides nothing does not begin to.
+    ``longer`` makes the next token's of it: inside ``generate`` a mask that hides nothing of ``cache`` does not begin to. (Guidance
+    runs a second branch there, on a cache and with masks of its own.)
     """
 
     mask: LazyMask | None = None
+    cache: Any = None
     layout: tuple[Any, ...] = ()
     short: Short | None = None
     longer: Longer | None = None
@@ -78,7 +83,7 @@ class Edited:
 
     Attributes:
         step: shared by the sites of a run that have the same template, dtype and device.
-        generating: the run is a ``generate``, which makes the masks itself.
+        run: what they belong to.
         used: the site's entry in ``Session.report``.
     """
 
@@ -91,7 +96,7 @@ class Edited:
     groups: Grouping | None
     backend: str
     step: Step
-    generating: bool
+    run: weakref.ref[RunState]
     used: dict[str, int] = field(repr=False)
 
     def fits(self, query: Tensor, key: Tensor, mask: Any) -> bool:
@@ -131,15 +136,17 @@ class Edited:
         kind = kind_of(query, key, value, scale=self.scale, mask=seen, edit=edit, backend=self.backend)
         step.mask, step.how = lazy, f"edited by {out.readings.backend}"
         step.short = None if kind is None else kind.short
-        whole = self.generating and seen.padding is None and seen.window is None and seen.rule is None
-        step.longer = kind.longer if kind is not None and whole else None
+        run = self.run()
+        whole = seen.padding is None and seen.window is None and seen.rule is None
+        grows = run is not None and run.generating and run.cache is not None and whole
+        step.longer, step.cache = (kind.longer, run.cache) if grows and kind is not None else (None, None)
         step.layout = () if kind is None else _layout(self.scale, query, key, value, groups)
         return cast(Tensor, out.output)
 
     def _grown(self, lazy: LazyMask, q: Tensor, k: Tensor, v: Tensor, groups: Tensor | None) -> Short | None:
         """The way of a token more than the last, where nothing but the length of the cache can be new."""
-        step, last = self.step, self.step.mask
-        if step.longer is None or last is None or lazy is last or not lazy.follows(last):
+        step, last, run = self.step, self.step.mask, self.run()
+        if step.longer is None or run is None or run.cache is not step.cache or last is None or not lazy.follows(last):
             return None
         before, now = step.layout, _layout(self.scale, q, k, v, groups)
         cached = slice(3, 8)  # shapes and strides of k and v
@@ -177,7 +184,7 @@ def settle(
         if said.template is not None:
             template, groups = said.template, said.groups
     if template is None:
-        return Own(dispatch.original(module), tuple(gains), used)
+        return Own(dispatch.original(module), tuple(gains), used, call.q.shape[0] if gains else None)
     plain = call.softcap is None and call.sinks is None and call.bias is None and call.mask.dense is None
     if not plain or call.site.cross:
         return None  # what such a call needs beside q, k, v and the mask is worked out at every call
@@ -193,6 +200,6 @@ def settle(
         groups,
         backend,
         step,
-        call.run.generating,
+        weakref.ref(call.run),
         used,
     )

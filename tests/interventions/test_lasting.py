@@ -85,3 +85,60 @@ def test_a_capture_sees_every_token(deep_llava, llava_inputs, run):
         module.generate(**inputs, do_sample=False, max_new_tokens=4)
     n = inputs["input_ids"].shape[1]
     assert session.trace["text"].sizes["query"] == n + 3
+
+
+def test_a_second_branch_has_masks_of_its_own(deep_llava, llava_inputs, batched, monkeypatch):
+    # Guidance runs the model on a cache of its own, whose masks hide nothing, between tokens of one whose masks do.
+    text = deep_llava(4).model.language_model
+    from transformers import LlamaForCausalLM
+
+    module = LlamaForCausalLM(text.config).eval()
+    ids = torch.randint(1, 50, (2, 7), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+
+    def generate():
+        with interp.hooked(module, interventions=[Temperature([Head(1, 0), Head(2, 1)], 3.0)]):
+            out = module.generate(
+                ids, attention_mask=mask, max_new_tokens=6, do_sample=False, guidance_scale=2.0, pad_token_id=0,
+                eos_token_id=None, return_dict_in_generate=True, output_logits=True,
+            )  # fmt: skip
+        return torch.stack(out.logits)
+
+    logits = generate()
+    monkeypatch.setattr(installation, "settle", lambda *_: None)
+    torch.testing.assert_close(logits, generate(), rtol=1e-5, atol=1e-5)
+
+
+def test_sites_stay_settled_while_a_text_branch_runs_at_every_token(deep_llava, llava_inputs, run, monkeypatch):
+    asked: list[str] = []
+    site_call = installation.site_call
+    monkeypatch.setattr(installation, "site_call", lambda site, *rest: (asked.append(site.name), site_call(site, *rest))[1])
+    counts = []
+    for tokens in (4, 8):
+        asked.clear()
+        run(deep_llava(5), llava_inputs(), [PAI(0.5, 1.5, layers=range(5))], tokens=tokens)
+        counts.append(len(asked))
+    assert counts[0] == counts[1]
+
+
+def test_a_batch_that_is_another_after_a_token_is_looked_at_anew(deep_llava, llava_inputs, batched):
+    module, inputs = deep_llava(3), batched(llava_inputs(0), llava_inputs(3))
+    with torch.no_grad(), interp.hooked(module, interventions=[VHR(2.0)]):
+        seen = {}
+
+        def loop(model, input_ids, **options):
+            past = model(**inputs, use_cache=True).past_key_values
+            token = input_ids[:, -1:]
+            for step in range(3):
+                if step == 2:
+                    past.batch_repeat_interleave(3)
+                    token = token.repeat_interleave(3, 0)
+                mask = torch.ones(len(token), past.get_seq_length() + 1, dtype=torch.int64)
+                out = model(input_ids=token, attention_mask=mask, past_key_values=past, use_cache=True)
+                seen[step] = out.logits
+            return input_ids
+
+        module.generate(**inputs, custom_generate=loop)
+    assert seen[2].shape[0] == 3 * seen[1].shape[0]
+    torch.testing.assert_close(seen[2][0], seen[2][2])

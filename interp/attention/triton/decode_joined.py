@@ -18,7 +18,7 @@ from torch import Tensor
 
 from interp.attention.triton import tuned
 from interp.attention.triton.decode import combine_row, decode_kernel
-from interp.attention.triton.decode_arguments import UNEDITED_FLAGS, Work, with_batch_stride
+from interp.attention.triton.decode_arguments import UNEDITED_FLAGS, Work, aligned_to_16, with_batch_stride
 from interp.attention.triton.devices import interpreted
 from interp.attention.triton.launching import Start
 from interp.attention.triton.tables import next_power, row_major
@@ -136,7 +136,8 @@ class Joined:
         same = (
             parts == self.parts and not together & 15 and together < 1 << 31 and k.stride(3) == 1 and v.stride(3) == 1
         )
-        if not same or (groups is None) != (self.groups[0] is None) or tuned.bucket(k.shape[2]) != self.bucket:
+        fits = (groups is None) == (self.groups[0] is None) and aligned_to_16(groups)
+        if not same or not fits or tuned.bucket(k.shape[2]) != self.bucket:
             return None
         made, start = _like(self), _like(self.start)
         if groups is not None:

@@ -132,7 +132,8 @@ class GroupTiles:
         batch, n_keys = groups.shape
         n_tiles = -(-n_keys // bn)
         moved = bool(source | target)
-        self.key = bn, source, target
+        # Groups may go on after the last key, and then serve calls on more keys.
+        self.key = bn, source, target, n_keys
         self.shape = (batch, 4 * n_tiles + 5 if moved else 2 * n_tiles + 1)
         fixed: Arguments = {
             "groups_b": strides(groups, 1)[0], "table_b": self.shape[1], "n_keys": n_keys, "source": source, "target": target,

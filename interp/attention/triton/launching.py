@@ -142,6 +142,8 @@ class Start:
     def __call__(self, live: tuple[Any, ...], aligned: bool, fixed: tuple[Any, ...] | None = None) -> None:
         """Start with the tensors of this call, and with ``fixed`` in the place of the fixed arguments where it is given."""
         given = (*live, *(self.fixed if fixed is None else fixed))
+        if self.again is None and self.variant is not None and self.variant in _compiled:
+            self.again = _compiled[self.variant][self.grid]
         if aligned and self.again is not None:
             self.again(*given)
             return

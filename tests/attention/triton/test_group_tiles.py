@@ -133,3 +133,10 @@ def test_without_groups_there_is_a_placeholder() -> None:
     # One sample's groups stand for all: the stride is 0.
     assert group_table(tensor([0, 0]), 2, nothing)["table_b"] == 0
     assert group_table(tensor([0, 0], [1, 1]), 2, nothing)["table_b"] == 3
+
+
+def test_groups_that_go_on_after_the_last_key_serve_calls_on_more_keys() -> None:
+    wide = tensor([0, 0, 1, 1, 1, 0, 2, 2, 2, 2])
+    for n in (6, 10, 6):
+        tiles = GroupTiles(wide[:, :n], 2, 1, 2)
+        assert tiles(wide)[0].tolist() == restated(wide[0, :n].tolist(), 2, 1, 2)
