@@ -115,27 +115,45 @@ def test_a_trace_names_the_function(llama):
     assert np.isfinite(run.trace["text"]["entropy"].values).all()
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import interp; first = interp.interventions(); second = interp.interventions()",
-        "from interp.interventions import MaskHeads; import interp; first = second = interp.interventions()",
-        "import interp; interp.MaskHeads; first = second = interp.interventions(); interp.interventions.Custom",
-        "from interp.interventions import interventions, HeadMeans; first = second = interventions()",
-    ],
+CODES = (
+    "import interp; first = interp.interventions(); second = interp.interventions()",
+    "from interp.interventions import MaskHeads; import interp; first = second = interp.interventions()",
+    "import interp; interp.MaskHeads; first = second = interp.interventions(); interp.interventions.Custom",
+    "from interp.interventions import interventions, HeadMeans; first = second = interventions()",
 )
-def test_the_list_and_the_package_share_a_name(code):
-    # A fresh process: importing the package rebinds the name that the lazy attribute had.
-    script = f"{code}\nimport json\nassert first == second\nprint(json.dumps(first, default=str))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+
+
+def test_the_list_and_the_package_share_a_name():
+    # Fresh processes: importing the package rebinds the name that the lazy attribute had. They share what takes long.
+    script = """
+import json, os, sys, torch
+for code in json.loads(sys.argv[1]):
+    reading, writing = os.pipe()
+    if not os.fork():
+        names = {}
+        exec(code, names)
+        assert names["first"] == names["second"]
+        os.write(writing, json.dumps(names["first"], default=str).encode())
+        os._exit(0)
+    os.close(writing)
+    print(open(reading).read())
+    _, status = os.wait()
+    assert status == 0, code
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(CODES)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
-    listed = {entry["name"]: entry for entry in json.loads(done.stdout)}
-    assert {"MaskHeads", "Custom"} <= set(listed) and "HeadMeans" not in listed
-    assert listed["MaskHeads"]["settings"]["heads"] == "required"
-    assert listed["MaskHeads"]["settings"]["kind"] == "zero"
-    for entry in listed.values():
-        assert set(entry) == {"name", "summary", "paper", "unit", "settings", "stacks", "needs"}
-        assert entry["summary"].endswith(".") and entry["stacks"]
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(CODES)
+    for line in lines:
+        listed = {entry["name"]: entry for entry in json.loads(line)}
+        assert {"MaskHeads", "Custom"} <= set(listed) and "HeadMeans" not in listed
+        assert listed["MaskHeads"]["settings"]["heads"] == "required"
+        assert listed["MaskHeads"]["settings"]["kind"] == "zero"
+        for entry in listed.values():
+            assert set(entry) == {"name", "summary", "paper", "unit", "settings", "stacks", "needs"}
+            assert entry["summary"].endswith(".") and entry["stacks"]
 
 
 def test_an_unknown_name_is_an_attribute_error():
