@@ -138,8 +138,8 @@ class Edited:
         step.short = None if kind is None else kind.short
         run = self.run()
         whole = seen.padding is None and seen.window is None and seen.rule is None
-        grows = run is not None and run.generating and run.cache is not None and whole
-        step.longer, step.cache = (kind.longer, run.cache) if grows and kind is not None else (None, None)
+        cache = run.cache if run is not None and run.generating and whole else None
+        step.longer, step.cache = (kind.longer, cache) if kind is not None and cache is not None else (None, None)
         step.layout = () if kind is None else _layout(self.scale, query, key, value, groups)
         return cast(Tensor, out.output)
 

@@ -113,7 +113,9 @@ def test_a_second_branch_has_masks_of_its_own(deep_llava, llava_inputs, batched,
 def test_sites_stay_settled_while_a_text_branch_runs_at_every_token(deep_llava, llava_inputs, run, monkeypatch):
     asked: list[str] = []
     site_call = installation.site_call
-    monkeypatch.setattr(installation, "site_call", lambda site, *rest: (asked.append(site.name), site_call(site, *rest))[1])
+    monkeypatch.setattr(
+        installation, "site_call", lambda site, *rest: (asked.append(site.name), site_call(site, *rest))[1]
+    )
     counts = []
     for tokens in (4, 8):
         asked.clear()
