@@ -148,21 +148,20 @@ class Edited:
         step, last, run = self.step, self.step.mask, self.run()
         if step.longer is None or run is None or run.cache is not step.cache or last is None or not lazy.follows(last):
             return None
-        before, now = step.layout, _layout(self.scale, q, k, v, groups)
-        cached = slice(3, 8)  # shapes and strides of k and v
-        fixed = before[: cached.start] == now[: cached.start] and before[cached.stop :] == now[cached.stop :]
-        k_before, v_before = before[3], before[6]
-        sizes = (k.shape[:2], k.shape[3], v.shape[:2], v.shape[3], k.dtype, k.shape[2])
-        same = sizes == (k_before[:2], k_before[3], v_before[:2], v_before[3], before[5], v.shape[2])
-        return step.longer(k, v, groups) if fixed and same else None
+        fixed, (k_before, _, v_before, _) = step.layout
+        sizes = (k.shape[:2], k.shape[3], v.shape[:2], v.shape[3], k.shape[2])
+        same = sizes == (k_before[:2], k_before[3], v_before[:2], v_before[3], v.shape[2])
+        return step.longer(k, v, groups) if same and fixed == _layout(self.scale, q, k, v, groups)[0] else None
 
 
 def _layout(scale: float, q: Tensor, k: Tensor, v: Tensor, groups: Tensor | None) -> tuple[Any, ...]:
-    """What must be the same for a layer to take the way of the one before, beside the dtype and device of q."""
-    return (
-        scale, q.shape, q.stride(), k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype, torch.is_grad_enabled(),
-        None if groups is None else (groups.stride(), groups.dtype),
-    )  # fmt: skip
+    """What must be the same for a layer to take the way of the one before, beside the dtype and device of q.
+
+    What does not change as the cache grows, and what does.
+    """
+    of_groups = None if groups is None else (groups.stride(), groups.dtype)
+    fixed = (scale, q.shape, q.stride(), k.dtype, v.dtype, torch.is_grad_enabled(), of_groups)
+    return fixed, (k.shape, k.stride(), v.shape, v.stride())
 
 
 Settled = Own | Edited

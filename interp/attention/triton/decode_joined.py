@@ -9,7 +9,7 @@ kernels, and is these kernels.
 # pyright: reportPossiblyUnboundVariable=false, reportIndexIssue=false
 
 import functools
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import triton
@@ -17,11 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from interp.attention.triton import tuned
-from interp.attention.triton.decode import combine_row, decode_kernel
+from interp.attention.triton.decode import REDISTRIBUTED, combine_row, decode_kernel
 from interp.attention.triton.decode_arguments import UNEDITED_FLAGS, Work, aligned_to_16, with_batch_stride
 from interp.attention.triton.devices import interpreted
 from interp.attention.triton.launching import Start
 from interp.attention.triton.tables import next_power, row_major
+
+if TYPE_CHECKING:
+    from interp.attention.triton.decode_launch import Tile
 
 T = TypeVar("T")
 
@@ -101,13 +104,11 @@ class Joined:
         work: what of; :meth:`able` has said yes.
         n_splits: parts of the keys.
         part_size: numbers that all parts leave.
-        tile: rows and keys of a tile, blocks of rows, padded head dims, warps, stages.
+        tile: of the general kernel.
+        direct: there is one part only, which leaves z.
     """
 
-    def __init__(
-        self, work: Work, n_splits: int, part_size: int, *, bm: int, bn: int, row_blocks: int, dims: tuple[int, int],
-        warps: int, stages: int, direct: bool,
-    ) -> None:  # fmt: skip
+    def __init__(self, work: Work, n_splits: int, part_size: int, tile: "Tile", *, direct: bool) -> None:
         batch, heads, n_kv, n_queries, _ = work.shape
         weights, values = work.weights, work.values
         self.z_shape, self.device = (batch, n_queries, heads, work.widths[1]), work.device
@@ -115,14 +116,15 @@ class Joined:
         self.parts, self.bucket = n_splits, tuned.bucket(max(work.span, 1))
         parts = next_power(n_splits * weights.n_classes)
         constants = (
-            bm, bn, row_blocks, *work.widths, *dims, heads // n_kv, interpreted(), "ieee", work.flags[7], direct,
-            weights.n_classes, weights.how, parts, min(parts, 32),
+            tile.bm, tile.config.keys, tile.row_blocks, *work.widths, max(next_power(work.widths[0]), 16), tile.dv, heads // n_kv,
+            interpreted(), "ieee", work.flags[-1], direct, weights.n_classes, weights.how, parts, min(parts, 32),
         )  # fmt: skip
         fixed = (
             work.groups[1], n_splits, *values[:2], *values[3:10], work.factor, heads, values[14], values[15], values[16], values[17],
             weights.class_map, weights.values[4], *weights.values[9:],
         )  # fmt: skip
-        grid = (batch * n_kv * row_blocks * n_splits, 1, 1)
+        grid = (batch * n_kv * tile.row_blocks * n_splits, 1, 1)
+        _, warps, stages = tile.config
         variant = ("joined", work.device.index, work.dtypes, constants, warps, stages)
         self.start = Start(joined_kernel, grid, (*fixed, *constants), warps, stages, variant)
 
@@ -151,8 +153,10 @@ class Joined:
     def able(work: Work) -> bool:
         """Whether the launch can say what the call is about."""
         batch, heads, n_kv, n_queries, _ = work.shape
-        fixed = work.weights.how == 0 or (work.weights.how == 3 and not work.weights.fractions)
-        plain = work.dtypes is not None and work.edited == UNEDITED_FLAGS and not any(work.flags[:7])
+        moves = work.weights.how == REDISTRIBUTED.value and not work.weights.fractions
+        fixed = moves or work.weights.how == 0
+        # The last flag is about strides, those before it about what the launch cannot say.
+        plain = work.dtypes is not None and work.edited == UNEDITED_FLAGS and not any(work.flags[:-1])
         return plain and fixed and n_queries == 1 and heads // n_kv <= MOST_ROWS and batch * n_kv <= COUNTERS
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, groups: Tensor | None) -> Tensor | None:

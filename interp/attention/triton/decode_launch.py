@@ -166,11 +166,7 @@ class Pass:
             self.combine = Start(combine_kernel, (n_rows, 1, 1), fixed, 4, 1, variant)
         self.joined: Joined | None = None
         if output and not self.lse and Joined.able(work):
-            config = tile.config
-            self.joined = Joined(
-                work, parts, self.part_size, bm=tile.bm, bn=config.keys, row_blocks=tile.row_blocks,
-                dims=(max(next_power(work.widths[0]), 16), tile.dv), warps=config.warps, stages=config.stages, direct=self.direct,
-            )  # fmt: skip
+            self.joined = Joined(work, parts, self.part_size, tile, direct=self.direct)
 
     def output_of(self, x: Live, groups: Tensor | None = None) -> Tensor:
         """z alone, of a pass that gives nothing else; ``groups`` are the edit's where they are not those of ``work``."""
