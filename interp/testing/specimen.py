@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -242,6 +243,14 @@ def _registry() -> dict[str, _Family]:
     return _FAMILIES
 
 
+@cache
+def _classes() -> frozenset[str]:
+    # Once a process: transformers makes the list by a search through a list for each of its thousands of names, 0.4 s.
+    import transformers
+
+    return frozenset(dir(transformers))
+
+
 def families(*, reached: bool | None = True) -> list[str]:
     """Names that :func:`build` knows and the installed transformers has.
 
@@ -249,13 +258,10 @@ def families(*, reached: bool | None = True) -> list[str]:
         reached: True for families whose attention goes through transformers' attention interface, False for those
             where it does not (for negative tests), None for both.
     """
-    import transformers
-
-    have = set(dir(transformers))
     return [
         name
         for name, f in _registry().items()
-        if have.issuperset(f.needs) and (reached is None or f.reached is reached)
+        if _classes().issuperset(f.needs) and (reached is None or f.reached is reached)
     ]
 
 
