@@ -169,6 +169,13 @@ def rows_kernel(
         lowest_group = tl.min(tl.where(query_group >= 0, query_group, 127), axis=0)
         highest_group = tl.max(query_group, axis=0)
 
+    # The last key that a row sees: one comparison for the end of the keys, of the rows, and what is later.
+    last_seen = tl.where(row_ok, n_keys - 1, -1)
+    if CAUSAL:
+        last_seen = tl.minimum(last_seen, q_slot)
+    if RIGHT:
+        last_seen = tl.minimum(last_seen, q_slot + right)
+
     # State
     if GIVEN_LSE:
         lse2 = tl.load(lse_ptr + (b * n_heads + h) * n_queries + rows, mask=row_ok, other=float("-inf"))
@@ -340,13 +347,9 @@ def rows_kernel(
 
                 # Visibility and what changes scores
                 if phase % 2:
-                    visible = col_ok[None, :] & row_ok[:, None]
-                    if CAUSAL:
-                        visible = visible & (cols[None, :] <= q_slot[:, None])
+                    visible = cols[None, :] <= last_seen[:, None]
                     if LEFT:
                         visible = visible & (cols[None, :] >= q_slot[:, None] - left)
-                    if RIGHT:
-                        visible = visible & (cols[None, :] <= q_slot[:, None] + right)
                     if PADDING:
                         real = tl.load(padding_ptr + b * padding_b + cols, mask=col_ok, other=0)
                         visible = visible & (real != 0)[None, :]

@@ -17,6 +17,9 @@ import triton.language as tl
 
 from interp.attention.triton.tiles import HIDDEN, LN2, LOG2E, capped, product, seen_keys, whole_tiles
 
+FAR = tl.constexpr(2.0**100)
+"""How far below 0 each key beyond the last one that a row sees is put; whole numbers times it stay exact below 2**24."""
+
 RUNNING_INTS = [
     "n_queries", "n_keys", "delta", "kv_offset", "left", "right", "row_scale_b", "row_scale_h", "row_scale_q", "padding_b",
     "first_b", "groups_b", "query_groups_b", "n_parts", "first_block", "pool_h", "pool_q", "table_b",
@@ -37,11 +40,12 @@ def scores(
     SOFTCAP: tl.constexpr, CHECK: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``log2 p [BN, BM]`` of one tile before its mask; ``CHECK`` where it may reach beyond the last key."""
-    cols = n0 + tl.arange(0, BN)
     dims = tl.arange(0, D)
-    k_at = k_base + cols.to(tl.int64)[:, None] * k_n + dims[None, :]
+    in_tile = tl.arange(0, BN)
+    # The tile's first key in 64 bits, once; places in the tile in 32, which stay the same.
+    k_at = k_base + tl.cast(n0, tl.int64) * k_n + (in_tile[:, None] * k_n + dims[None, :])
     if CHECK:
-        k = tl.load(k_at, mask=(cols < n_keys)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+        k = tl.load(k_at, mask=(in_tile < n_keys - n0)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
     elif D != HEAD_DIM:
         k = tl.load(k_at, mask=(dims < HEAD_DIM)[None, :], other=0.0)
     else:
@@ -176,24 +180,26 @@ def statistics_kernel(
             start, stop = lo, all_lo
             if phase == 2:
                 start, stop = all_hi, hi
+            # The last key that a row sees: one comparison for the end of the keys, of the rows, and what is later.
+            last_seen = tl.where(row_ok, n_keys - 1, -1)
+            if CAUSAL:
+                last_seen = tl.minimum(last_seen, rows + delta)
+            if RIGHT:
+                last_seen = tl.minimum(last_seen, rows + delta + right)
+            last_seen = last_seen.to(tl.float32) * FAR
             for n0 in tl.range(start, stop, BN):
                 cols = n0 + tl.arange(0, BN)
                 col_ok = cols < n_keys
                 x = scores(
                     k_base, k_n, n0, qt, row_scale, lse2, softcap, n_keys, BN, HEAD_DIM, D, SOFTCAP, True, UPCAST, PRECISION,
                 )  # fmt: skip
-                q_slot = (rows + delta)[None, :]
-                visible = col_ok[:, None] & row_ok[None, :]
-                if CAUSAL:
-                    visible = visible & (cols[:, None] <= q_slot)
+                # As the smaller of two numbers: comparisons would be made while the product runs, all of them, and held.
+                x = tl.minimum(x, last_seen[None, :] - (cols.to(tl.float32) * FAR)[:, None])
                 if LEFT:
-                    visible = visible & (cols[:, None] >= q_slot - left)
-                if RIGHT:
-                    visible = visible & (cols[:, None] <= q_slot + right)
+                    x = tl.where(cols[:, None] >= (rows + delta - left)[None, :], x, HIDDEN)
                 if PADDING:
                     real = tl.load(padding_ptr + b * padding_b + cols, mask=col_ok, other=0)
-                    visible = visible & (real != 0)[:, None]
-                x = tl.where(visible, x, HIDDEN)
+                    x = tl.where((real != 0)[:, None], x, HIDDEN)
                 p = tl.exp2(x)
                 if ROW_STATS:
                     surprise, top, top_tile = gather(p, x, surprise, top, top_tile, n0, BM, BN)
