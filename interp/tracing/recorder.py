@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -299,7 +300,9 @@ def _within(runs: list[tuple[int, int]], start: int, stop: int) -> list[int]:
     return [r - start for first, last in runs for r in range(max(first, start), min(last, stop))]
 
 
+@cache
 def _versions() -> dict[str, str]:
+    # Kept: reading a distribution's metadata takes milliseconds.
     from importlib.metadata import PackageNotFoundError, version
 
     out = {}
