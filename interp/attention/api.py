@@ -109,6 +109,10 @@ def attend(
     kind = kinds.known(key)
     if kind is not None and (short := kind.short) is not None:
         return Attended(short(q, k, v, sinks, bias, groups), Readings(backend=kind.backend_name))
+    if kind is not None and lse is not None and (read := kind.read) is not None:
+        readings = read(q, k, v, lse)
+        readings.backend = kind.backend_name
+        return Attended(None, readings)
     growing = None
     if kind is None and rest and bias is None and lse is None and not torch.is_grad_enabled():
         others = (id(readout), scale, softcap, backend, want_output, kinds.shape_of(sinks))

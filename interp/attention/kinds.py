@@ -18,7 +18,7 @@ from torch import Tensor
 from interp.attention.backends import Backend
 from interp.attention.edits import Edit
 from interp.attention.mask import Mask
-from interp.attention.readouts import Readout
+from interp.attention.readouts import Readings, Readout
 from interp.attention.versions import Seen, unchanged
 
 KEPT = 64
@@ -34,6 +34,10 @@ Longer = Callable[[Tensor, Tensor, Tensor | None], Short | None]
 """Of k, v and the edit's groups the short way of a call on a cache that has grown, all of which its one row sees; or None."""
 LONGER = "longer"
 """Where it leaves such a function."""
+Read = Callable[[Tensor, Tensor, Tensor, Tensor], Readings]
+"""The readings from q, k, v and the log-sum-exp."""
+READ = "read"
+"""Where it leaves a shorter way for calls after the first that nobody edits, whose softmax is known and whose output nobody wants."""
 
 
 @dataclass(eq=False)
@@ -73,6 +77,11 @@ class Kind:
             return None
         memo = {SHORT: short, LONGER: longer}
         return replace(self, holds=(mask, edit, readout), mask=mask, edit=edit, memo=memo)
+
+    @property
+    def read(self) -> Read | None:
+        """The way of later calls that give readings alone, where the backend has left one."""
+        return self.memo.get(READ)
 
     @property
     def current(self) -> bool:

@@ -31,7 +31,7 @@ from interp.attention.edits import (
     TopKeys,
     Uniform,
 )
-from interp.attention.kinds import LONGER, SHORT, Short
+from interp.attention.kinds import LONGER, READ, SHORT, Short
 from interp.attention.readouts import Readings, Readout
 from interp.attention.triton import ranked, tiles
 from interp.attention.triton.counting import received_rows
@@ -92,7 +92,10 @@ def run(call: Call) -> tuple[Tensor | None, Readings]:
                 memo[SHORT] = plan.short
                 if isinstance(plan, Decoding):
                     memo[LONGER] = plan.of_length
-        return plan.run(call)
+        done = plan.run(call)
+        if isinstance(plan, Plan) and plan.reads:
+            memo[READ] = plan.read
+        return done
 
 
 class Plan:
@@ -105,8 +108,12 @@ class Plan:
         self.offsets: Offsets | None = None
         self.short: Short | None = None
         """The way of later calls of a redistribution, whose key groups may be others in every layer."""
-        weighting = call.edit.of(GroupWeights, Redistribute)
-        if call.readout.empty and len(weighting) == 1 and isinstance(weighting[0], Redistribute):
+        asked, edit = call.readout, call.edit
+        self.reads = call.lse is not None and not call.want_output and not edit.operations and _statistics_alone(asked)
+        """Whether later calls may go to :meth:`read`, which this one then does too."""
+        self.reads = self.reads and call.sinks is None and call.bias is None
+        weighting = edit.of(GroupWeights, Redistribute)
+        if asked.empty and len(weighting) == 1 and isinstance(weighting[0], Redistribute):
             self.move = Wanted(
                 output=True, move=weighting[0], groups=self.shared.edit_groups, n_groups=call.edit.key_groups
             )
@@ -121,6 +128,19 @@ class Plan:
         )  # fmt: skip
         return self.walk("moved", x, lambda: self.move)["z"]
 
+    def read(self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> Readings:
+        """Statistics of a softmax whose log-sum-exp is known."""
+        call = self.shared.call
+        asked = call.readout
+        x = Live(row_major(q), row_major(k), row_major(v), lse=lse)
+        given = self.walk("statistics", x, lambda: _statistics(asked, Wanted(given=True, heads=asked.heads)))
+        if asked.row_stats:
+            given["lse"] = lse if asked.heads is None else lse[:, asked.heads]
+        readings = Readings(received_rows=self.rows_seen, pooled_edge=call.pooled_edge or None)
+        for name, tensor in given.items():
+            setattr(readings, name, tensor)
+        return readings
+
     def walk(self, name: str, x: Live, wanted: Callable[[], Wanted]) -> dict[str, Tensor]:
         """Run the pass of that name, preparing it first where this is its first time."""
         found = self.passes.get(name)
@@ -132,6 +152,10 @@ class Plan:
 
     def run(self, call: Call) -> tuple[Tensor | None, Readings]:
         asked = call.readout
+        if self.reads and call.lse is not None:
+            if asked.received and self.rows_seen is None:
+                self.rows_seen = received_rows(call, self.shared, Live(*operands(call)))
+            return None, self.read(call.q, call.k, call.v, call.lse)
         final = bool(
             asked.received or asked.pooled or asked.topk or asked.rows is not None or asked.attention
             or asked.group_output is not None or asked.offset is not None or asked.distance is not None
@@ -189,11 +213,7 @@ class Plan:
             return z
         known = Wanted(given=True, weights=kind, heads=asked.heads)
         if asked.row_stats or asked.topk or asked.received or asked.pooled:
-            wanted = replace(
-                known, row_stats=asked.row_stats, groups=asked.groups, n_groups=asked.n_groups, topk=asked.topk,
-                columns=asked.received, pooled=bool(asked.pooled),
-            )  # fmt: skip
-            given = self.walk("statistics", x, lambda: wanted)
+            given = self.walk("statistics", x, lambda: _statistics(asked, known))
             given["lse"] = x.lse  # pyright: ignore[reportArgumentType]
             if share is not None:
                 given["sink_share"] = share if asked.heads is None else share[:, asked.heads]
@@ -245,6 +265,20 @@ class Plan:
         for name in ("received", "pooled"):
             if name in given:
                 setattr(readings, name, given[name])
+
+
+def _statistics_alone(asked: Readout) -> bool:
+    """Whether nothing is asked for but what the statistics pass gives."""
+    others = (asked.rows, asked.group_output, asked.offset, asked.distance)
+    wanted = asked.row_stats or asked.received or asked.pooled
+    return bool(wanted) and not asked.topk and not asked.attention and all(other is None for other in others)
+
+
+def _statistics(asked: Readout, known: Wanted) -> Wanted:
+    return replace(
+        known, row_stats=asked.row_stats, groups=asked.groups, n_groups=asked.n_groups, topk=asked.topk,
+        columns=asked.received, pooled=bool(asked.pooled),
+    )  # fmt: skip
 
 
 def _row_stats(call: Call, *, output: bool) -> Wanted:

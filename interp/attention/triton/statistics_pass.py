@@ -132,17 +132,18 @@ class MassPass:
         groups, sinks = wanted.groups, shared.arguments["SINKS"]
         self.device, self.sinks = nothing.device, sinks
         rows = (batch, heads, n_queries)
-        self.buffers = (
-            Buffer("mass_ptr", "mass", (*rows, wanted.n_groups)),
-            Buffer("share_ptr", "sink_share", rows, zeros=not sinks),
-        )
+        self.buffers = [Buffer("mass_ptr", "mass", (*rows, wanted.n_groups))]
+        if sinks:
+            self.buffers.append(Buffer("share_ptr", "sink_share", rows))
+        # Without sinks the share is one zero for all rows of all calls.
+        self.none: Tensor | None = None if sinks else torch.zeros((), device=shared.device).expand(rows)
         fixed = {
             **common, "SINKS": sinks, "groups_ptr": nothing if groups is None else groups,
             "groups_b": 0 if groups is None else strides(groups, 1)[0], "GROUPS": groups is not None,
             "N_GROUPS": wanted.n_groups, **group_table(groups, config.bn, nothing),
         }  # fmt: skip
         if not sinks:
-            fixed["sinks_ptr"] = nothing
+            fixed.update(sinks_ptr=nothing, share_ptr=nothing)
         self.launch = Launch(
             mass_kernel, (batch * heads * n_blocks,), fixed, BM=config.bm, BN=config.bn, num_warps=4, num_stages=2
         )
@@ -154,4 +155,7 @@ class MassPass:
         if self.sinks and x.sinks is not None:
             live["sinks_ptr"] = x.sinks
         self.launch(live)
-        return {buffer.reading: made[buffer.argument] for buffer in self.buffers}
+        given = {buffer.reading: made[buffer.argument] for buffer in self.buffers}
+        if self.none is not None:
+            given["sink_share"] = self.none
+        return given

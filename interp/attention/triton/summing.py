@@ -7,7 +7,7 @@ from torch import Tensor
 
 from interp.attention.triton import columns
 from interp.attention.triton.configs import Config
-from interp.attention.triton.launching import Arguments, Launch
+from interp.attention.triton.launching import Arguments, Launch, placeholder
 
 PART_BYTES = 512 << 20
 """Largest buffer of partial column sums. Above it rows are walked in spans, so that memory stays linear in the keys."""
@@ -69,9 +69,11 @@ class SumParts:
     def begin(self, device: torch.device) -> dict[str, Tensor]:
         """The tensors that the spans add to."""
         batch, heads, n_groups, _ = self.shape
-        pool = (batch * heads, n_groups, self.n_chunks, self.n_cols) if self.blocks is not None else (1,)
-        received = torch.empty(self.shape if self.received else (1,), device=device)
-        return {"out_ptr": received, "pool_ptr": torch.zeros(pool, device=device)}
+        nothing = placeholder(device)
+        pool = nothing
+        if self.blocks is not None:
+            pool = torch.zeros((batch * heads, n_groups, self.n_chunks, self.n_cols), device=device)
+        return {"out_ptr": torch.empty(self.shape, device=device) if self.received else nothing, "pool_ptr": pool}
 
     def add(self, span: int, part: Tensor, sums: dict[str, Tensor]) -> None:
         """Add up what the launch over a span of row blocks left."""
@@ -95,6 +97,8 @@ class SumBlocks:
 
     def __call__(self, made: dict[str, Tensor]) -> dict[str, Tensor]:
         pool = made["pool_ptr"]
+        if self.tall == self.wide == 1 and pool.shape[1:] == (self.rows, self.cols):
+            return {"pooled": pool.view(*self.leading, self.rows, self.cols)}
         rows, cols = self.rows * self.tall, self.cols * self.wide
         short = rows - pool.shape[1], cols - pool.shape[2]
         if short[0] > 0 or short[1] > 0:
