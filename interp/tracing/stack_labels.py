@@ -46,8 +46,10 @@ def coordinates(
         if ids is not None:
             fed = _at(ids, positions)
             made = np.where(_produced(out, positions), _at(ids, positions + 1), -1)
+            # Both are of one tokenizer, which takes its time for each word.
+            known = query_layout if tokenizer is out.run.tokenizer else None
             for name, values in (("token_fed", fed), ("token_produced", made)):
-                coords[name] = (("sample", "query"), _words(values, tokenizer))
+                coords[name] = (("sample", "query"), _words(values, tokenizer, known))
                 coords[f"{name}_id"] = (("sample", "query"), values)
         if query_layout is not None:
             pads = (query_layout.kind < 0).sum(1)
@@ -82,13 +84,21 @@ def _produced(out: StackArrays, positions: Array) -> NDArray[np.bool_]:
     return out.run.generating & (positions >= (out.run.prompt_length or 0) - 1)
 
 
-def _words(ids: Array, tokenizer: Any) -> Array:
-    """Readable strings of token ids, "" for -1."""
+def _words(ids: Array, tokenizer: Any, known: Layout | None) -> Array:
+    """Readable strings of token ids, "" for -1; those that a layout has are taken from it."""
     from interp.models.layout_tokens import strings
 
     distinct, where = np.unique(ids, return_inverse=True)
-    words = np.where(distinct < 0, "", strings(np.maximum(distinct, 0), tokenizer)).astype(str)
-    return words[where].reshape(ids.shape)
+    words = np.full(distinct.shape, "", dtype=object)
+    missing = distinct >= 0
+    if known is not None and known.token_ids.size:
+        have, first = np.unique(known.token_ids, return_index=True)
+        place = np.minimum(np.searchsorted(have, distinct), len(have) - 1)
+        found = missing & (have[place] == distinct)
+        words[found] = known.tokens.ravel()[first[place[found]]]
+        missing &= ~found
+    words[missing] = strings(distinct[missing], tokenizer)
+    return words.astype(str)[where].reshape(ids.shape)
 
 
 def whole_sequences(out: StackArrays) -> tuple[Layout | None, Layout | None, Array | None]:

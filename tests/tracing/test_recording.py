@@ -190,3 +190,24 @@ def test_a_call_marks_heads(llama: Any) -> None:
     for mark in marks:
         assert mark.tolist() == [[[h in (1, 3)] for h in range(heads)]]
     assert marks
+
+
+def test_each_word_is_read_once(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+
+    class Words:
+        all_special_ids = ()
+
+        def convert_ids_to_tokens(self, token: int) -> str:
+            return f"piece {token}"
+
+        def decode(self, tokens: list[int]) -> str:
+            read.extend(tokens)
+            return f"word {tokens[0]}"
+
+    monkeypatch.setattr(llama.module, "tokenizer", Words(), raising=False)
+    prompt = torch.tensor([[5, 6, 7, 6], [7, 8, 5, 9]])
+    data = forward(llama, interp.Capture(row_stats=True), {"input_ids": prompt})["text"]
+    assert data["token_fed"].values.tolist() == [[f"word {token}" for token in row] for row in prompt.tolist()]
+    assert (data["token_produced"].values == "").all()
+    assert sorted(read) == [5, 6, 7, 8, 9]
