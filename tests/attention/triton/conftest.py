@@ -154,22 +154,23 @@ class Faster:
             return computed[key]
 
         def broadcasted(own: Any, one: Any, other: Any) -> Any:
-            first: Any = getattr(one.type, "sizes", None)
-            second: Any = getattr(other.type, "sizes", None)
+            first, second = one.type.__dict__.get("sizes"), other.type.__dict__.get("sizes")
             if first == second and (first is not None or not (one.type.is_block() or other.type.is_block())):
                 return one, other
             if first is None and not one.type.is_block():
-                wide = block_type(one.type.scalar, list(second))
-                return own.tensor(own.builder.create_splat(wide, one.handle), wide), other
+                return spread(own, one, other.type.sizes), other
             if second is None and not other.type.is_block():
-                wide = block_type(other.type.scalar, list(first))
-                return one, own.tensor(own.builder.create_splat(wide, other.handle), wide)
+                return one, spread(own, other, one.type.sizes)
             if first is None or second is None or len(first) != len(second):
                 return broadcast(own, one, other)
             sizes = tuple([b if a == 1 else a for a, b in zip(first, second, strict=True)])
             if any(b not in (1, size) for b, size in zip(second, sizes, strict=True)):
                 return broadcast(own, one, other)  # which says what does not fit
             return widened(own, one, sizes), widened(own, other, sizes)
+
+        def spread(own: Any, value: Any, sizes: tuple[int, ...]) -> Any:
+            wide = block_type(value.type.scalar, list(sizes))
+            return own.tensor(own.builder.create_splat(wide, value.handle), wide)
 
         def widened(own: Any, value: Any, sizes: tuple[int, ...]) -> Any:
             if value.type.sizes == sizes:
