@@ -150,6 +150,27 @@ def tiny(model: Any, config: Any) -> Any:
     return module.eval()
 
 
+def patches(images: list[np.ndarray]) -> Iterator[tuple[list[np.ndarray], dict[int, tuple[int, int]]]]:
+    """Pictures with one more patch of 8 pixels painted in each that has one left, and ``(y, x)`` of that patch by picture.
+
+    What a patch moves belongs to its own picture, so one run tells of a patch of each.
+    """
+    of = [list(np.ndindex(image.shape[0] // 8, image.shape[1] // 8)) for image in images]
+    for turn in range(max(map(len, of))):
+        now = {n: (of[n][turn][0], of[n][turn][1]) for n in range(len(images)) if turn < len(of[n])}
+        yield [painted(i, now[n][0] * 8, now[n][1] * 8, 8) if n in now else i for n, i in enumerate(images)], now
+
+
+def by_image(
+    found: Layout, where: list[tuple[int, int]], owner: list[tuple[int, int]], now: dict[int, Any]
+) -> dict[int, list[tuple[int, int]]]:
+    """Positions of each painted picture, which is all that may have moved."""
+    split: dict[int, list[tuple[int, int]]] = {n: [] for n in now}
+    for at in where:
+        split[owner.index((int(found.prompt[at]), int(found.image[at])))].append(at)
+    return split
+
+
 # Vision towers: every patch of every grid.
 
 
@@ -251,14 +272,14 @@ def test_qwen_patches_merge_and_windows(name: str) -> None:
     assert found["text"].grid(image=1) == (3, 2)
     before = states(module, inputs)
     assert found["vision"].shape == tuple(before["vision"].shape[:2])
-    for n, image in enumerate(images):
-        for y, x in np.ndindex(image.shape[0] // 8, image.shape[1] // 8):
-            changed = [painted(i, y * 8, x * 8, 8) if i is image else i for i in images]
-            after = states(module, encode(changed))
-            assert places(found["text"], moved(before["text"], after["text"])) == {(*owner[n], 0, y // 2, x // 2)}
-            where = moved(before["vision"], after["vision"])
-            assert len(where) == 1
-            assert places(found["vision"], where) == {(*owner[n], 0, y, x)}
+    for changed, now in patches(images):
+        after = states(module, encode(changed))
+        text = by_image(found["text"], moved(before["text"], after["text"]), owner, now)
+        vision = by_image(found["vision"], moved(before["vision"], after["vision"]), owner, now)
+        for n, (y, x) in now.items():
+            assert places(found["text"], text[n]) == {(*owner[n], 0, y // 2, x // 2)}
+            assert len(vision[n]) == 1
+            assert places(found["vision"], vision[n]) == {(*owner[n], 0, y, x)}
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
@@ -483,12 +504,14 @@ def test_idefics_tiles(name: str, newline: list[int]) -> None:
     assert vision.shape == tuple(before["vision"].shape[:2])
     ids = inputs["input_ids"].numpy()
     assert (text.kind[(ids == FAKE) | ((ids >= MARK) & (ids < MARK + 10))] == 0).all()
-    for n, image in enumerate(images):
-        for y, x in np.ndindex(image.shape[0] // 8, image.shape[1] // 8):
-            after = states(module, encode([painted(i, y * 8, x * 8, 8) if i is image else i for i in images]))
+    for changed, now in patches(images):
+        after = states(module, encode(changed))
+        moved_text = by_image(text, moved(before["text"], after["text"]), owner, now)
+        moved_vision = by_image(vision, moved(before["vision"], after["vision"]), owner, now)
+        for n, (y, x) in now.items():
             tile = (y // 4) * grids[n][1] + x // 4
             whole = grids[n][0] * grids[n][1]
-            where = moved(before["text"], after["text"])
+            where = moved_text[n]
             sharp = [at for at in where if text.tile[at] != whole]
             assert places(text, sharp) == {(*owner[n], tile, y % 4 // 2, x % 4 // 2)}
             assert {(int(text.tile_row[at]), int(text.tile_column[at])) for at in sharp} == {(y // 4, x // 4)}
@@ -496,8 +519,7 @@ def test_idefics_tiles(name: str, newline: list[int]) -> None:
             small = (int((y + 0.5) * 2 / (4 * grids[n][0])), int((x + 0.5) * 2 / (4 * grids[n][1])))
             assert (*owner[n], whole, *small) in places(text, blurred)
             assert all(text.tile_row[at] == -1 for at in blurred)
-            seen = moved(before["vision"], after["vision"])
-            sharp = [at for at in seen if vision.tile[at] != whole]
+            sharp = [at for at in moved_vision[n] if vision.tile[at] != whole]
             assert places(vision, sharp) == {(*owner[n], tile, y % 4, x % 4)}
 
 
@@ -545,12 +567,13 @@ def test_internvl_tiles() -> None:
     assert "thumbnail last" in found["text"].notes
     assert found["vision"].notes == ""
     assert found["vision"].mask("special").sum(axis=1).tolist() == [1] * len(inputs["pixel_values"])
-    for n, image in enumerate(images):
-        for y, x in np.ndindex(image.shape[0] // 8, image.shape[1] // 8):
-            after = states(module, encode([painted(i, y * 8, x * 8, 8) if i is image else i for i in images]))
+    for changed, now in patches(images):
+        after = states(module, encode(changed))
+        split = {s: by_image(found[s], moved(before[s], after[s]), owner, now) for s in ("text", "vision")}
+        for n, (y, x) in now.items():
             tile, thumbnail = (y // 4) * grids[n][1] + x // 4, grids[n][0] * grids[n][1]
             for stack, merge in (("text", 2), ("vision", 1)):
-                where = [at for at in moved(before[stack], after[stack]) if found[stack].tile[at] != thumbnail]
+                where = [at for at in split[stack][n] if found[stack].tile[at] != thumbnail]
                 assert places(found[stack], where) == {(*owner[n], tile, y % 4 // merge, x % 4 // merge)}
 
 
@@ -597,12 +620,13 @@ def test_mllama_tiles_are_keys_of_the_cross_attention() -> None:
     for stack in ("vision", "cross"):
         assert found[stack].shape == tuple(before[stack].shape[:2])
         assert found[stack].notes == ""
-    for n, image in enumerate(images):
-        for y, x in np.ndindex(image.shape[0] // 8, image.shape[1] // 8):
-            _, after = run([painted(i, y * 8, x * 8, 8) if i is image else i for i in images])
+    for changed, now in patches(images):
+        _, after = run(changed)
+        split = {s: by_image(found[s], moved(before[s], after[s]), owner, now) for s in ("vision", "cross")}
+        for n, (y, x) in now.items():
             tile = (y // 4) * grids[n][1] + x // 4
             for stack in ("vision", "cross"):
-                where = moved(before[stack], after[stack])
+                where = split[stack][n]
                 assert places(found[stack], where) == {(*owner[n], tile, y % 4, x % 4)}
                 at = where[0]
                 assert (found[stack].tile_row[at], found[stack].tile_column[at]) == (y // 4, x // 4)
