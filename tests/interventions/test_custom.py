@@ -126,7 +126,7 @@ CODES = (
 def test_the_list_and_the_package_share_a_name():
     # Fresh processes: importing the package rebinds the name that the lazy attribute had. They share what takes long.
     script = """
-import json, os, sys, torch
+import json, os, sys, torch, xarray
 for code in json.loads(sys.argv[1]):
     reading, writing = os.pipe()
     if not os.fork():
