@@ -6,6 +6,7 @@ packages declare to need.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -43,11 +44,15 @@ def closure(requirements: list[str]) -> set[str]:
     return {name for name, _ in found}
 
 
+# It reads the files of everything that is installed.
+packages = functools.cache(importlib.metadata.packages_distributions)
+
+
 def absent(extra: str | None) -> list[str]:
     """Modules that are installed here and would not be with this extra alone (None: with none)."""
     lines = [*PROJECT["dependencies"], *(PROJECT["optional-dependencies"][extra] if extra else [])]
     kept = closure(lines) | {"headscope"}
-    owners = importlib.metadata.packages_distributions()
+    owners = packages()
     ours = {"interp", "probes", "dashboards", "headscope"}
     known = {name: {canonicalize_name(owner) for owner in some} for name, some in owners.items()}
     return sorted(name for name, some in known.items() if not some & kept and name.isidentifier() and name not in ours)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.metadata
+import json
 import re
 import shutil
 import subprocess
@@ -174,21 +175,54 @@ HEAVY = (
     "transformers.models",
     "transformers.modeling_utils",
 )
-PROBE = "import sys; {imports}; print(' '.join(sys.modules))"
+IMPORTS = {
+    "": "pass",
+    "interp": "import interp",
+    "names": "import interp; [getattr(interp, name) for name in interp.__all__]",
+    "layout": "import interp.models.layout",
+    "testing": "import interp.testing",
+    "probes": "import probes; probes.probes()",
+    "heavy": "import plotly.graph_objects, zarr",
+}
+# Each in a process of its own, with nothing before it but what all of them may take for granted, and takes long.
+PROBE = """
+import json, os, sys, torch, xarray
+for name, code in json.loads(sys.argv[1]).items():
+    sys.stdout.flush()
+    if not os.fork():
+        exec(code, {})
+        print(json.dumps([name, list(sys.modules)]), flush=True)
+        os._exit(0)
+    _, status = os.wait()
+    assert status == 0, code
+"""
 
 
-def heavy_modules(imports: str) -> set[str]:
-    done = run("-c", PROBE.format(imports=imports))
+@pytest.fixture(scope="module")
+def imported() -> dict[str, list[str]]:
+    """Names of all modules that are loaded after each of the imports."""
+    done = run("-c", PROBE, json.dumps(IMPORTS))
     assert done.returncode == 0, done.stderr
-    loaded = done.stdout.split()
+    found = dict(map(json.loads, done.stdout.splitlines()))
+    assert list(found) == list(IMPORTS)
+    return found
+
+
+def heavy_modules(loaded: list[str]) -> set[str]:
     return {heavy for heavy in HEAVY for name in loaded if name == heavy or name.startswith(heavy + ".")}
 
 
-def test_import_interp_is_light() -> None:
+def test_import_interp_is_light(imported: dict[str, list[str]]) -> None:
     # Measured in tests/benchmarks/bench_import.py; here only what must not be there, which no busy machine can change.
-    alone = heavy_modules("import torch, xarray")
-    assert heavy_modules("import torch, xarray, interp") <= alone
-    assert heavy_modules("import torch, xarray, interp; [getattr(interp, name) for name in interp.__all__]") <= alone
+    alone = heavy_modules(imported[""])
+    assert heavy_modules(imported["interp"]) <= alone
+    assert heavy_modules(imported["names"]) <= alone
+
+
+def test_layouts_specimens_and_the_list_of_probes_are_light(imported: dict[str, list[str]]) -> None:
+    assert [name for name in imported["layout"] if name.startswith("transformers")] == []
+    assert [name for name in imported["testing"] if "transformers.models" in name or ".modeling_" in name] == []
+    assert {"transformers", "sklearn", "scipy"} & set(imported["probes"]) == set()
 
 
 @pytest.mark.parametrize("package", ["interp", "interp.attention", "interp.tracing"])
@@ -199,14 +233,13 @@ def test_every_public_name_resolves(package: str) -> None:
     assert [name for name in module.__all__ if not hasattr(module, name)] == []
 
 
-def test_light_import_can_fail() -> None:
-    assert {"plotly", "zarr"} <= heavy_modules("import plotly.graph_objects, zarr")
+def test_light_import_can_fail(imported: dict[str, list[str]]) -> None:
+    assert {"plotly", "zarr"} <= heavy_modules(imported["heavy"])
 
 
-@pytest.mark.parametrize("module", ["interp.attention", "interp.tracing"])
-def test_the_op_and_tracing_need_no_zarr(module: str) -> None:
+def test_the_op_and_tracing_need_no_zarr() -> None:
     block = "sys.modules['zarr'] = sys.modules['dash'] = sys.modules['plotly'] = None"
-    done = run("-c", f"import sys; {block}; import {module}")
+    done = run("-c", f"import sys; {block}; import interp.attention; import interp.tracing")
     assert done.returncode == 0, done.stderr
 
 
