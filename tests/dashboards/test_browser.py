@@ -183,8 +183,7 @@ def test_a_box_selects_and_the_table_follows(server: Server, run: str, watch: Wa
     page.get_by_role("button", name="my heads", exact=True).click()
     assert watched.state()["sel"] == f"{before},L2H3"
     page.locator(".ag-center-cols-container [role=row]").nth(4).locator("input[type=checkbox]").check()
-    page.wait_for_timeout(200)
-    assert "L1H0" in watched.state()["sel"]
+    page.wait_for_function("() => hs.state.sel.split(',').includes('L1H0')")
 
 
 def test_hover_links_map_and_tokens_both_ways(server: Server, run: str, watch: Watch) -> None:
@@ -240,8 +239,7 @@ def test_zooming_fetches_a_sharper_tile(server: Server, watch: Watch) -> None:
     tile = page.evaluate("() => { const t = hs.parts.map.tiles[1]; return [t.x0, t.x1, t.image.width]; }")
     assert tile[1] - tile[0] == tile[2] < 1024, "one pixel a cell"
     page.click("#zoom-all")
-    page.wait_for_timeout(300)
-    assert page.evaluate("() => hs.parts.map.view.x1 - hs.parts.map.view.x0") == 2048
+    page.wait_for_function("() => hs.parts.map.view.x1 - hs.parts.map.view.x0 === 2048")
     assert server.space.pyramid(found, Head(0, 0), Look()).shape == (2048, 2048)
 
 
@@ -497,8 +495,7 @@ def test_5120_heads(server: Server, watch: Watch) -> None:
     )
     assert painted < 1000, painted
     watched.set(thumbs=True)
-    page.wait_for_timeout(1500)
-    assert page.evaluate("() => hs.page.overview.sprite.width") == 64 * 16
+    page.wait_for_function("(width) => hs.page.overview.sprite?.width === width", arg=64 * 16, timeout=20_000)
     watched.set(thumbs=False, top=20)
     watched.set(view="map")
     page.wait_for_selector("#scatter-host[data-points='5056']", timeout=30_000)
