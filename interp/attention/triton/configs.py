@@ -105,6 +105,18 @@ def choose_statistics(call: Call, tables: Tables) -> Config:
     return tuned.pick("statistics", tables.device, lambda: facts(call, tables, call.readout), shipped)
 
 
+def choose_mass(call: Call, tables: Tables) -> Config:
+    """The configuration of a launch of the mass kernel, of which most programs have one tile: small tiles start sooner.
+
+    H200: 14 us for 20 at 4096 tokens, 55 for 79 at 16384, where the first token is a group of its own.
+    """
+    best = choose_statistics(call, tables)
+    narrow = call.q.dtype != torch.float32 and tables.arguments["D"] <= 128
+    if forced is not None or tables.device.type == "cpu" or not narrow:
+        return best
+    return best._replace(bm=128 if call.shape[2] > 512 else 64, bn=32, registers=0)
+
+
 LONG = 32768
 """Keys from which a head that sees all of them outweighs what a streaming head loses to taller tiles."""
 

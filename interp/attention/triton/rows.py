@@ -76,7 +76,7 @@ def rows_kernel(
     part_ptr, part_rows, first_block, pool_ptr, pool_h, pool_q, map_ptr, map_h,
     query_places_ptr, query_places_b, key_places_ptr, key_places_b, distance_ptr, distance_mass_ptr,
     BM: tl.constexpr, BN: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    KV_GROUP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    KV_GROUP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr,
     CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, ALWAYS_MASK: tl.constexpr, LISTS: tl.constexpr,
     PHASES: tl.constexpr, MERGED: tl.constexpr,
     SOFTCAP: tl.constexpr, BIAS: tl.constexpr, DENSE: tl.constexpr, PADDING: tl.constexpr, SINKS: tl.constexpr,
@@ -93,10 +93,11 @@ def rows_kernel(
 ):  # fmt: skip
     """One block of rows of one head.
 
-    ``WEIGHT`` is 0 (none), 1 (the logarithm of weights is added to the scores: they act inside the softmax), 2 (p is
-    multiplied). ``FOLD`` leaves the scale to the exponent's multiply-add, where nothing between them needs scores in their own
-    unit. ``COUNT`` replaces p by 1 on visible keys, for ``received_rows``. ``OUTPUT_GROUPS`` restricts the product
-    with v to the keys of group ``program_id(1)``. ``DISTANCE`` is the number of coordinates of a place, 0 for no distances.
+    ``FAR`` is set where a key may lie 2**31 elements behind the first of its head. ``WEIGHT`` is 0 (none), 1 (the logarithm of
+    weights is added to the scores: they act inside the softmax), 2 (p is multiplied). ``FOLD`` leaves the scale to the
+    exponent's multiply-add, where nothing between them needs scores in their own unit. ``COUNT`` replaces p by 1 on visible
+    keys, for ``received_rows``. ``OUTPUT_GROUPS`` restricts the product with v to the keys of group ``program_id(1)``.
+    ``DISTANCE`` is the number of coordinates of a place, 0 for no distances.
 
     ``MOVE`` redistributes (SOURCE, TARGET and the gates are sets of the edit's groups, as bits) in one walk: the masses that
     decide it are there at its end, when only the tiles with a source or target key are visited once more, to add
@@ -321,6 +322,10 @@ def rows_kernel(
                     n0 += tl.where(at >= run_lo, run_hi - run_lo, 0)
                 cols = n0 + tl.arange(0, BN)
                 col_ok = cols < n_keys
+                # Half of the arithmetic of an address where 32 bits hold it.
+                far_cols = cols
+                if FAR:
+                    far_cols = cols.to(tl.int64)
                 if EDIT_GROUPS:
                     # Most tiles lie in one group, whose table entry is then one number a row.
                     edit_only = tl.load(edit_table_ptr + b * edit_table_b + n0 // BN).to(tl.int32)
@@ -330,7 +335,7 @@ def rows_kernel(
                 if COUNT & (not THRESHOLD):
                     x = tl.zeros([BM, BN], tl.float32)
                 else:
-                    k_at = k_base + cols.to(tl.int64)[None, :] * k_n + dims[:, None]
+                    k_at = k_base + (far_cols[None, :] * k_n + dims[:, None])
                     if (phase % 2) and (D != HEAD_DIM):
                         kt = tl.load(k_at, mask=col_ok[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)
                     elif phase % 2:
@@ -582,7 +587,7 @@ def rows_kernel(
                     if OUTPUT_GROUPS:
                         member = tl.load(groups_ptr + b * groups_b + cols, mask=col_ok, other=-1).to(tl.int32)
                         p = tl.where((member == tl.program_id(1))[None, :], p, 0.0)
-                    v_at = v_base + cols.to(tl.int64)[:, None] * v_n + v_dims[None, :]
+                    v_at = v_base + (far_cols[:, None] * v_n + v_dims[None, :])
                     if (phase % 2) and (DV != V_DIM):
                         v = tl.load(v_at, mask=col_ok[:, None] & (v_dims < V_DIM)[None, :], other=0.0)
                     elif phase % 2:

@@ -36,14 +36,16 @@ def halves(x, BN: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def scores(
-    k_base, k_n, n0, qt, row_scale, lse2, softcap, n_keys, BN: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    first_tile, k_n, n0, qt, row_scale, lse2, softcap, n_keys, BN: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
     SOFTCAP: tl.constexpr, CHECK: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``log2 p [BN, BM]`` of one tile before its mask; ``CHECK`` where it may reach beyond the last key."""
+    """``log2 p [BN, BM]`` of one tile before its mask; ``CHECK`` where it may reach beyond the last key.
+
+    ``first_tile`` are the places ``[BN, D]`` of the first tile's keys.
+    """
     dims = tl.arange(0, D)
     in_tile = tl.arange(0, BN)
-    # The tile's first key in 64 bits, once; places in the tile in 32, which stay the same.
-    k_at = k_base + tl.cast(n0, tl.int64) * k_n + (in_tile[:, None] * k_n + dims[None, :])
+    k_at = first_tile + tl.cast(n0, tl.int64) * k_n
     if CHECK:
         k = tl.load(k_at, mask=(in_tile < n_keys - n0)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
     elif D != HEAD_DIM:
@@ -57,7 +59,7 @@ def scores(
 
 
 @triton.jit
-def gather(p, x, surprise, top, top_tile, n0, BM: tl.constexpr, BN: tl.constexpr):
+def gather(p, x, surprise, top, top_key, n0, BM: tl.constexpr, BN: tl.constexpr):
     """Row statistics of one more tile."""
     p0, p1 = halves(p, BN, BM)
     x0, x1 = halves(x, BN, BM)
@@ -66,9 +68,11 @@ def gather(p, x, surprise, top, top_tile, n0, BM: tl.constexpr, BN: tl.constexpr
     larger = tl.maximum(p0, p1)
     rises = larger > top
     top = tl.maximum(top, larger)
-    # The slab's second key is remembered as an odd number: tiles start at even ones.
-    top_tile = tl.where(rises, tl.where(p1 > p0, n0 + 1, n0), top_tile)
-    return surprise, top, top_tile
+    # Keys themselves, which differ by thread: numbers that are alike in all threads would be copied for each comparison.
+    pair = tl.arange(0, BN // 2)
+    first = n0 + pair // 8 * 16 + pair % 8
+    top_key = tl.where(rises, tl.where(p1 > p0, (first + 8)[:, None], first[:, None]), top_key)
+    return surprise, top, top_key
 
 
 @triton.jit
@@ -116,7 +120,8 @@ def statistics_kernel(
     dims = tl.arange(0, D)
     qt_at = q_ptr + b * q_b + h * q_h + rows.to(tl.int64)[None, :] * q_m + dims[:, None]
     qt = tl.load(qt_at, mask=row_ok[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)
-    k_base = k_ptr + b * k_b + kv * k_h
+    # Places in a tile stay the same from tile to tile; only its first key's is new.
+    first_tile = k_ptr + b * k_b + kv * k_h + (tl.arange(0, BN).to(tl.int64)[:, None] * k_n + dims[None, :])
     lse2 = tl.load(lse_ptr + (b * n_heads + h) * n_queries + rows, mask=row_ok, other=float("-inf")) * LOG2E
     # Rows that see nothing, and rows beyond the last one: p = 0.
     lse2 = tl.where(lse2 == float("-inf"), -HIDDEN, lse2)
@@ -153,7 +158,7 @@ def statistics_kernel(
 
     surprise = tl.zeros([BN // 2, BM], tl.float32)
     top = tl.zeros([BN // 2, BM], tl.float32)
-    top_tile = tl.zeros([BN // 2, BM], tl.int32)
+    top_key = tl.zeros([BN // 2, BM], tl.int32)
     row_at = bh.to(tl.int64) * n_queries + rows
     part_at = part_ptr + (bh.to(tl.int64) * N_QUERY_GROUPS * n_parts + block - first_block) * n_keys
     pool_at = pool_ptr + bh.to(tl.int64) * pool_h
@@ -163,11 +168,11 @@ def statistics_kernel(
         if phase == 1:
             for n0 in tl.range(all_lo, all_hi, BN):
                 x = scores(
-                    k_base, k_n, n0, qt, row_scale, lse2, softcap, n_keys, BN, HEAD_DIM, D, SOFTCAP, False, UPCAST, PRECISION,
+                    first_tile, k_n, n0, qt, row_scale, lse2, softcap, n_keys, BN, HEAD_DIM, D, SOFTCAP, False, UPCAST, PRECISION,
                 )  # fmt: skip
                 p = tl.exp2(x)
                 if ROW_STATS:
-                    surprise, top, top_tile = gather(p, x, surprise, top, top_tile, n0, BM, BN)
+                    surprise, top, top_key = gather(p, x, surprise, top, top_key, n0, BM, BN)
                 if COLUMNS:
                     group_part = part_at + tl.cast(n_parts, tl.int64) * n_keys * lowest + n0 + tl.arange(0, BN)
                     if ACROSS:
@@ -191,7 +196,7 @@ def statistics_kernel(
                 cols = n0 + tl.arange(0, BN)
                 col_ok = cols < n_keys
                 x = scores(
-                    k_base, k_n, n0, qt, row_scale, lse2, softcap, n_keys, BN, HEAD_DIM, D, SOFTCAP, True, UPCAST, PRECISION,
+                    first_tile, k_n, n0, qt, row_scale, lse2, softcap, n_keys, BN, HEAD_DIM, D, SOFTCAP, True, UPCAST, PRECISION,
                 )  # fmt: skip
                 # As the smaller of two numbers: comparisons would be made while the product runs, all of them, and held.
                 x = tl.minimum(x, last_seen[None, :] - (cols.to(tl.float32) * FAR)[:, None])
@@ -202,7 +207,7 @@ def statistics_kernel(
                     x = tl.where((real != 0)[:, None], x, HIDDEN)
                 p = tl.exp2(x)
                 if ROW_STATS:
-                    surprise, top, top_tile = gather(p, x, surprise, top, top_tile, n0, BM, BN)
+                    surprise, top, top_key = gather(p, x, surprise, top, top_key, n0, BM, BN)
                 if COLUMNS:
                     if QUERY_GROUPS:
                         of_row = tl.load(query_groups_ptr + b * query_groups_b + rows, mask=row_ok, other=-1).to(
@@ -222,11 +227,7 @@ def statistics_kernel(
     if ROW_STATS:
         tl.store(entropy_ptr + row_at, tl.sum(surprise, 0) * -LN2, mask=row_ok)
         best = tl.max(top, 0)
-        pair = tl.arange(0, BN // 2)
-        slot = pair // 8 * 16 + pair % 8
-        odd = top_tile & 1
-        key = top_tile - odd + odd * 8 + slot[:, None]
-        which = tl.min(tl.where(top == best[None, :], key, 2147483647), 0)
+        which = tl.min(tl.where(top == best[None, :], top_key, 2147483647), 0)
         tl.store(top_weight_ptr + row_at, best, mask=row_ok)
         tl.store(top_key_ptr + row_at, tl.where(best > 0, which + kv_offset, -1), mask=row_ok)
 

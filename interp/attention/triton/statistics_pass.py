@@ -68,7 +68,7 @@ class StatisticsPass:
             "COLUMNS": columns, "ACROSS": across, "WIDE": min(edge, SLAB), "pool_h": 0, "pool_q": 0,
         }  # fmt: skip
         rows = (batch, heads, n_queries)
-        self.mass = MassPass(shared, wanted, config, a, heads, n_blocks) if wanted.row_stats else None
+        self.mass = MassPass(shared, wanted, a, heads) if wanted.row_stats else None
         if wanted.row_stats:
             self.buffers += [
                 Buffer("top_weight_ptr", "top_weight", rows),
@@ -124,9 +124,8 @@ class StatisticsPass:
 class MassPass:
     """``mass`` and ``sink_share``, from the tiles that hold more than the commonest group."""
 
-    def __init__(
-        self, shared: Tables, wanted: Wanted, config: configs.Config, common: Arguments, heads: int, n_blocks: int
-    ) -> None:
+    def __init__(self, shared: Tables, wanted: Wanted, common: Arguments, heads: int) -> None:
+        config = configs.choose_mass(shared.call, shared)
         nothing = placeholder(shared.device)
         batch, _, n_queries, _ = shared.call.shape
         groups, sinks = wanted.groups, shared.arguments["SINKS"]
@@ -145,7 +144,13 @@ class MassPass:
         if not sinks:
             fixed.update(sinks_ptr=nothing, share_ptr=nothing)
         self.launch = Launch(
-            mass_kernel, (batch * heads * n_blocks,), fixed, BM=config.bm, BN=config.bn, num_warps=4, num_stages=2
+            mass_kernel,
+            (batch * heads * -(-n_queries // config.bm),),
+            fixed,
+            BM=config.bm,
+            BN=config.bn,
+            num_warps=4,
+            num_stages=2,
         )
 
     def __call__(self, x: Live) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from interp.attention import Edit, Mask, Readout, Redistribute, SinkWindow, attend
+from interp.attention import Edit, Gain, Mask, Readout, Redistribute, SinkWindow, attend
 from interp.attention.triton import backend, configs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -137,3 +137,26 @@ def test_edges_walked_last(edge: str) -> None:
             assert got.readings.topk_key is not None
             assert wanted.readings.topk_key is not None
             assert torch.equal(got.readings.topk_key, wanted.readings.topk_key)
+
+
+def test_keys_that_lie_far_apart() -> None:
+    """Their places need 64 bits; the memory between them is never touched."""
+    n, apart, random = 20, 2**27, torch.Generator().manual_seed(0)
+    try:
+        memory = torch.empty(n * apart, dtype=torch.float16, device=DEVICE)
+    except RuntimeError:
+        pytest.skip("needs 5 GiB that may be promised")
+    q = torch.randn((1, 1, n, 16), generator=random).half().to(DEVICE)
+    k, v = (memory[first:].as_strided((1, 1, n, 16), (16, 16, apart, 1)) for first in (0, 64))
+    for x in (k, v):
+        x.copy_(torch.randn((1, 1, n, 16), generator=random))
+    call: dict[str, Any] = {"scale": 0.25, "mask": Mask(causal=True), "backend": "triton"}
+    edit = Edit((Gain(torch.full((1, 1, 1), 0.5, device=DEVICE)),))
+    readout = Readout(row_stats=True, received=True)
+    far, near = (
+        attend(q, *kv, edit=edit, readout=readout, **call) for kv in ((k, v), (k.contiguous(), v.contiguous()))
+    )
+    assert far.output is not None and near.output is not None
+    torch.testing.assert_close(far.output, near.output)
+    for name, tensor in far.readings.tensors().items():
+        torch.testing.assert_close(tensor, near.readings.tensors()[name], msg=name)
