@@ -45,8 +45,9 @@ def assemble_stack(
     """One stack's Dataset. See :class:`~interp.tracing.trace.Trace` for dims and units."""
     out = StackArrays(stack, layers, pieces, run, layout, sequences)
     offsets = _offset_grid(out)
+    most = max((_topk_of(piece) for piece in out.pieces), default=0)
     for piece in out.pieces:
-        _row_readings(out, piece)
+        _row_readings(out, piece, most)
         _exact_rows(out, piece, capture)
         _columns(out, piece)
         _pooled(out, piece, capture)
@@ -62,7 +63,13 @@ def _all(n: int) -> slice:
     return slice(0, n)
 
 
-def _row_readings(out: StackArrays, piece: Piece) -> None:
+def _topk_of(piece: Piece) -> int:
+    """How many largest keys a piece names: no more than there were."""
+    found = None if piece.readings is None else piece.readings.topk_weight
+    return 0 if found is None else found.shape[-1]
+
+
+def _row_readings(out: StackArrays, piece: Piece, most: int) -> None:
     rows = out.rows_of(piece)
     if rows.start == rows.stop:
         return
@@ -73,6 +80,11 @@ def _row_readings(out: StackArrays, piece: Piece) -> None:
         if name not in found:
             continue
         values = found[name][:, :, : rows.stop - rows.start]
+        if tail == ("k",) and values.shape[3] < most:
+            # A prompt may have fewer keys than what is generated after it.
+            values = torch.nn.functional.pad(
+                values, (0, most - values.shape[3]), value=0.0 if values.is_floating_point() else -1
+            )
         sizes = tuple(values.shape[3:])
         out.array(name, ("query", *tail), (len(out.positions), *sizes), values)
         out.write(name, piece, values, rows, *map(_all, sizes))

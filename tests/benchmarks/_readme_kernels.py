@@ -10,7 +10,7 @@ Rows = list[dict[str, Any]]
 # Seen in the hardware counters, in the clock and power readings and in the compiled code; holds for every goal on speed beside cuDNN.
 REASON = (
     "What keeps the prefill kernels behind: products and arithmetic overlap little on this GPU. By the hardware counters (4096 tokens) the "
-    "statistics pass issues in 42 % of its cycles. A form of it in Gluon, with sixteen warps in the place of eight and a warp of its own for "
+    "statistics pass issues in 42 % of its cycles. A form of it in Gluon, with sixteen warps in the place of eight and one of its own for "
     "loading, issues in 49 %, with the tensor cores and the unit of exponentials busy in 36 % each; cuDNN's forward, which has twice "
     "the products for the same exponentials, in 41 %, with 70 % and 36 %. From 16k tokens on all of them run at the card's power limit "
     "(700 W): SDPA's clock falls from 1980 to 1650 MHz, that of the statistics to 1870. What helped is fewer instructions (addresses, "
@@ -31,8 +31,9 @@ CHANGED = {
     ),
     "de16775": (
         "After these figures (commit de16775) the kernels lost instructions. Read off the compiled code, a tile of the statistics pass has "
-        "526 for 565 at head dim 128 (16k tokens, causal) and 497 for 544 at 64, one at the edge of what is visible 703 for 1257; a tile of "
-        "the own forward has 545 for 598. The host's part of reading and the making of a trace were shortened too. All this waits to be timed."
+        "526 for 565 at head dim 128 (16k tokens, causal) and 497 for 544 at 64, one at the edge of what is visible 703 for 1257; one of "
+        "the own forward has 545 for 598. The host's part of reading and the making of a trace were shortened too. All this waits to be "
+        "timed."
     ),
 }
 """What a reader of the figures of a commit must know of later ones."""

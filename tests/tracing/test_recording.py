@@ -56,6 +56,19 @@ def test_exact_rows_are_rows_of_the_map(llama: Any) -> None:
     close(data["row_attention"].values, data["attention"].values[..., [0, 3, LENGTH - 1], :])
 
 
+def test_a_prompt_may_have_fewer_keys_than_are_asked_for(llama: Any) -> None:
+    with interp.hooked(llama.module, capture=interp.Capture(attention=True, topk=8)) as run:
+        llama.module.generate(llama.inputs["input_ids"][:1, :5], max_new_tokens=6, do_sample=False)
+    data = run.trace["text"]
+    p = data["attention"].values
+    assert p.shape[-2:] == (10, 10)
+    close(data["topk_weight"].values, -np.sort(-p, -1)[..., :8])
+    key = data["topk_key"].values
+    seen = np.arange(8) <= np.arange(10)[:, None]
+    assert ((key >= 0) == seen).all()
+    close(np.take_along_axis(p, np.maximum(key, 0), -1)[..., seen], data["topk_weight"].values[..., seen])
+
+
 def test_z_is_what_the_output_projection_gets(llama: Any) -> None:
     seen: list[torch.Tensor] = []
     layers = llama.module.model.layers
