@@ -128,6 +128,7 @@ class Plan:
         )  # fmt: skip
         return self.walk("moved", x, lambda: self.move)["z"]
 
+    @torch.no_grad()
     def read(self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> Readings:
         """Statistics of a softmax whose log-sum-exp is known."""
         call = self.shared.call

@@ -17,6 +17,9 @@ from interp.attention.triton.rows import rows_kernel
 from interp.attention.triton.summing import SumBlocks, SumParts, spans
 from interp.attention.triton.tables import Tables, per_row, strides, visible_lists
 
+FAR = 2**31
+"""Elements behind the first key of its head from which a key's place needs 64 bits."""
+
 
 @dataclass(eq=False)
 class Wanted:
@@ -146,9 +149,9 @@ class Pass:
         a.update(ALWAYS_MASK=shared.always_mask or wanted.count)
         a.update(_phases(a, wanted))
         a.update(FOLD=shared.scaled_only(a["UNIFORM"]) and wanted.weights != 1 and not wanted.count)
-        # Row sums of a tile: online without row-wise weights they are the denominator, else only somebody's wish.
         reach = (n_keys + config.bn) * max(a["k_n"], a["v_n"]) + max(a["D"], a["DV"])
-        a.update(FAR=reach >= 2**31)
+        a.update(FAR=reach >= FAR)
+        # Row sums of a tile: online without row-wise weights they are the denominator, else only somebody's wish.
         in_tile = wanted.row_stats or wanted.pooled if wanted.given else wanted.weights != 2
         a.update(IN_TILE=bool(in_tile) and not wanted.count)
         self._outputs(a, batch, n_heads, heads, n_queries, n_rows, n_keys)

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from interp.attention.triton.tiles import HIDDEN, LN2, LOG2E, capped, product, seen_keys, whole_tiles
 
-FAR = tl.constexpr(2.0**100)
+BEYOND = tl.constexpr(2.0**100)
 """How far below 0 each key beyond the last one that a row sees is put; whole numbers times it stay exact below 2**24."""
 
 RUNNING_INTS = [
@@ -191,7 +191,8 @@ def statistics_kernel(
                 last_seen = tl.minimum(last_seen, rows + delta)
             if RIGHT:
                 last_seen = tl.minimum(last_seen, rows + delta + right)
-            last_seen = last_seen.to(tl.float32) * FAR
+            # NaN where the row's log-sum-exp is: the smaller of a NaN and a number would be the number.
+            last_seen = last_seen.to(tl.float32) * BEYOND + (lse2 - lse2)
             for n0 in tl.range(start, stop, BN):
                 cols = n0 + tl.arange(0, BN)
                 col_ok = cols < n_keys
@@ -199,7 +200,7 @@ def statistics_kernel(
                     first_tile, k_n, n0, qt, row_scale, lse2, softcap, n_keys, BN, HEAD_DIM, D, SOFTCAP, True, UPCAST, PRECISION,
                 )  # fmt: skip
                 # As the smaller of two numbers: comparisons would be made while the product runs, all of them, and held.
-                x = tl.minimum(x, last_seen[None, :] - (cols.to(tl.float32) * FAR)[:, None])
+                x = tl.minimum(x, last_seen[None, :] - (cols.to(tl.float32) * BEYOND)[:, None])
                 if LEFT:
                     x = tl.where(cols[:, None] >= (rows + delta - left)[None, :], x, HIDDEN)
                 if PADDING:
@@ -262,11 +263,12 @@ def mass_kernel(
     lse2 = tl.load(lse_ptr + (b * n_heads + h) * n_queries + rows, mask=row_ok, other=float("-inf")) * LOG2E
     whole = tl.where(lse2 == float("-inf"), 0.0, 1.0)
     row_at = bh.to(tl.int64) * n_queries + rows
+    share = tl.zeros([BM], tl.float32)
     if SINKS:
         share = tl.exp2(tl.load(sinks_ptr + h).to(tl.float32) * LOG2E - lse2)
         share = tl.where(whole > 0, tl.minimum(share, 1.0), 0.0)
-        tl.store(share_ptr + row_at, share, mask=row_ok)
         whole -= share
+    tl.store(share_ptr + row_at, share, mask=row_ok)
     rest = 0
     mass0 = tl.zeros([BM], tl.float32)
     mass1, mass2, mass3, mass4, mass5, mass6, mass7 = mass0, mass0, mass0, mass0, mass0, mass0, mass0

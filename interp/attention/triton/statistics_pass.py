@@ -125,33 +125,25 @@ class MassPass:
     """``mass`` and ``sink_share``, from the tiles that hold more than the commonest group."""
 
     def __init__(self, shared: Tables, wanted: Wanted, common: Arguments, heads: int) -> None:
-        config = configs.choose_mass(shared.call, shared)
+        bm, bn = configs.choose_mass(shared.call, shared)
         nothing = placeholder(shared.device)
         batch, _, n_queries, _ = shared.call.shape
         groups, sinks = wanted.groups, shared.arguments["SINKS"]
         self.device, self.sinks = nothing.device, sinks
         rows = (batch, heads, n_queries)
-        self.buffers = [Buffer("mass_ptr", "mass", (*rows, wanted.n_groups))]
-        if sinks:
-            self.buffers.append(Buffer("share_ptr", "sink_share", rows))
-        # Without sinks the share is one zero for all rows of all calls.
-        self.none: Tensor | None = None if sinks else torch.zeros((), device=shared.device).expand(rows)
+        self.buffers = (
+            Buffer("mass_ptr", "mass", (*rows, wanted.n_groups)),
+            Buffer("share_ptr", "sink_share", rows),
+        )
         fixed = {
             **common, "SINKS": sinks, "groups_ptr": nothing if groups is None else groups,
             "groups_b": 0 if groups is None else strides(groups, 1)[0], "GROUPS": groups is not None,
-            "N_GROUPS": wanted.n_groups, **group_table(groups, config.bn, nothing),
+            "N_GROUPS": wanted.n_groups, **group_table(groups, bn, nothing),
         }  # fmt: skip
         if not sinks:
-            fixed.update(sinks_ptr=nothing, share_ptr=nothing)
-        self.launch = Launch(
-            mass_kernel,
-            (batch * heads * -(-n_queries // config.bm),),
-            fixed,
-            BM=config.bm,
-            BN=config.bn,
-            num_warps=4,
-            num_stages=2,
-        )
+            fixed["sinks_ptr"] = nothing
+        grid = (batch * heads * -(-n_queries // bm),)
+        self.launch = Launch(mass_kernel, grid, fixed, BM=bm, BN=bn, num_warps=4, num_stages=2)
 
     def __call__(self, x: Live) -> dict[str, Tensor]:
         assert x.lse is not None
@@ -160,7 +152,4 @@ class MassPass:
         if self.sinks and x.sinks is not None:
             live["sinks_ptr"] = x.sinks
         self.launch(live)
-        given = {buffer.reading: made[buffer.argument] for buffer in self.buffers}
-        if self.none is not None:
-            given["sink_share"] = self.none
-        return given
+        return {buffer.reading: made[buffer.argument] for buffer in self.buffers}

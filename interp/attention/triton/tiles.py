@@ -1,7 +1,7 @@
 """What every kernel does to one tile of scores: score modifications and visibility.
 
 Scores are kept in units of log2 (``x = s * log2(e)``), so that ``exp2`` needs no further product. A hidden key scores
-:data:`HIDDEN`, finite so that ``p * x`` stays 0 instead of NaN.
+:data:`HIDDEN` or, in the statistics kernel, less the further it is: finite so that ``p * x`` stays 0 instead of NaN.
 
 In the interpreter (TRITON_INTERPRET=1) bfloat16 is raw bits, on which arithmetic is silently wrong; ``UPCAST`` turns what
 was loaded into fp32 first.

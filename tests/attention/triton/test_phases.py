@@ -10,8 +10,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from interp.attention import Edit, Gain, Mask, Readout, Redistribute, SinkWindow, attend
-from interp.attention.triton import backend, configs
+from interp.attention import Edit, Gain, Mask, Readout, Redistribute, SinkWindow, attend, kinds
+from interp.attention.triton import backend, configs, passes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 N = 90
@@ -137,6 +137,20 @@ def test_edges_walked_last(edge: str) -> None:
             assert got.readings.topk_key is not None
             assert wanted.readings.topk_key is not None
             assert torch.equal(got.readings.topk_key, wanted.readings.topk_key)
+
+
+def test_places_in_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    edit = Edit((Gain(torch.full((1, 2, 1), 0.5, device=DEVICE)),))
+    call: dict[str, Any] = {"mask": Mask(causal=True), "edit": edit, "readout": Readout(row_stats=True, received=True)}
+    call |= {**operands(), "backend": "triton"}
+    near = attend(**call)
+    monkeypatch.setattr(passes, "FAR", 0)
+    kinds.clear()
+    far = attend(**call)
+    assert far.output is not None and near.output is not None
+    torch.testing.assert_close(far.output, near.output, rtol=0, atol=0)
+    for name, tensor in far.readings.tensors().items():
+        torch.testing.assert_close(tensor, near.readings.tensors()[name], rtol=0, atol=0, msg=name)
 
 
 def test_keys_that_lie_far_apart() -> None:

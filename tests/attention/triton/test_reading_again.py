@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from interp.attention import Mask, Readings, Readout, attend, kinds
+from interp.attention.triton import configs
 
 pytest.importorskip("triton")
 
@@ -86,3 +87,53 @@ def test_what_the_shorter_way_lacks_goes_the_longer(more: dict[str, Any]) -> Non
     kinds.clear()
     read(*operands(0), Mask(causal=True), READOUTS["rows"], **more)
     assert not any(shorter_ways())
+
+
+@pytest.mark.parametrize("tile", [(16, 8), (32, 64)], ids=str)
+def test_masses_have_tiles_of_their_own(tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    mask, readout = Mask(causal=True), READOUTS["all"]
+    kinds.clear()
+    expected = read(*operands(0), mask, readout)
+    monkeypatch.setattr(configs, "choose_mass", lambda call, tables: tile)
+    kinds.clear()
+    got = read(*operands(0), mask, readout)
+    kinds.clear()
+    assert got.mass is not None and expected.mass is not None
+    torch.testing.assert_close(got.mass, expected.mass, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("row", [0, 5, 20])
+def test_a_row_that_is_no_number_stays_none(row: int) -> None:
+    q, k, v = operands(0)
+    q[0, 0, row] = torch.nan
+    got = read(q, k, v, Mask(causal=True), READOUTS["all"])
+    assert got.entropy is not None and got.received is not None and got.top_key is not None
+    missing = got.entropy.isnan()
+    assert missing[0, 0, row] and missing.sum() == 1
+    assert got.top_key[0, 0, row] == -1
+    assert got.received[0, 0, 0, : row + 1].isnan().all()
+    # Keys that the row does not see may get it too, those of other heads may not.
+    assert not got.received[0, 1].isnan().any()
+
+
+def test_a_reading_is_the_callers_own() -> None:
+    mask, readout = Mask(causal=True), READOUTS["rows"]
+    with torch.inference_mode():
+        read(*operands(0), mask, readout)
+    for _ in range(2):
+        readings = read(*operands(0), mask, readout)
+        assert readings.sink_share is not None
+        assert not readings.sink_share.is_inference()
+        assert not readings.sink_share.any()
+        readings.sink_share.add_(1.0)
+
+
+def test_no_gradient_is_kept() -> None:
+    q, k, v = operands(0)
+    mask, readout = Mask(causal=True), READOUTS["some heads"]
+    lse = torch.zeros(q.shape[:3], device=DEVICE, requires_grad=True)
+    for _ in range(2):
+        given = attend(
+            q, k, v, scale=0.3, mask=mask, readout=readout, want_output=False, lse=lse, backend="triton"
+        ).readings
+        assert given.lse is not None and not given.lse.requires_grad
