@@ -9,26 +9,19 @@ from _results import RESULTS, result, table, where
 Rows = list[dict[str, Any]]
 # Seen in the hardware counters, in the clock and power readings and in the compiled code; holds for every goal on speed beside cuDNN.
 REASON = (
-    "What keeps the prefill kernels behind: products and arithmetic overlap little on this GPU. By the hardware counters (4096 tokens) the "
-    "statistics pass issues in 42 % of its cycles. A form of it in Gluon, with sixteen warps in the place of eight and one of its own for "
-    "loading, issues in 49 %, with the tensor cores and the unit of exponentials busy in 36 % each; cuDNN's forward, which has twice "
-    "the products for the same exponentials, in 41 %, with 70 % and 36 %. From 16k tokens on all of them run at the card's power limit "
-    "(700 W): SDPA's clock falls from 1980 to 1650 MHz, that of the statistics to 1870. What helped is fewer instructions (addresses, "
-    "masks and top keys, read off the compiled code). Tried without gain that lasts: that form in Gluon, with explicit waits for products, "
-    "two groups of warps that take turns, four, and longer loads (sooner at 4096 tokens, as soon at 16384, later at head dim "
-    "64); fewer registers and more programs, tensor-map loads, taller and wider tiles, deeper pipelines, the next tile's product "
-    "first, skipping the search for the top key where no row rises."
+    "What keeps the prefill kernels behind: products and arithmetic overlap little on this GPU. By the hardware counters (`ncu`, "
+    "4096 tokens) the statistics pass issues in 42 % of its cycles. A form of it in Gluon, with sixteen warps in the place of "
+    "eight and one of its own for loading, issues in 49 %, with the tensor cores and the unit of exponentials busy in 36 % each; "
+    "cuDNN's forward, which has twice the products for the same exponentials, in 41 %, with 70 % and 36 %. At 16k tokens all of "
+    "them run at the card's power limit (700 W, `nvidia-smi`): SDPA's clock falls from 1980 to 1650 MHz, that of the statistics to "
+    "1870. What helped is fewer instructions (addresses, masks and top keys, read off the compiled code). Tried without gain that "
+    "lasts: that form in Gluon, with explicit waits for products, two groups of warps that take turns, four, and longer loads "
+    "(sooner at 4096 tokens, as soon at 16384, later at head dim 64); fewer registers and more programs, tensor-map loads, taller "
+    "and wider tiles, deeper pipelines, the next tile's product first, skipping the search for the top key where no row rises."
 )
 
 
 CHANGED = {
-    "05dde9c": (
-        "After these figures (commit 05dde9c) three choices of tiles were changed by a sweep on the same GPU in the same visit, and no "
-        "figure here has them. In the sweep, as a multiple of SDPA's time: row statistics at head dim 64 without groups, 8192 tokens, "
-        "2.03 to 1.68; everything in short calls at head dim 64, 257 tokens, 3.03 to 2.65; half of the heads streaming at 32k, 0.85 "
-        "to 0.76. The same tiles timed twice in it differed by 1 %. The host's part of edited steps was shortened too, measured on a "
-        "CPU alone."
-    ),
     "de16775": (
         "After these figures (commit de16775) the kernels lost instructions. Read off the compiled code, a tile of the statistics pass has "
         "524 for 565 at head dim 128 (16k tokens, causal) and 497 for 544 at 64, one at the edge of what is visible 703 for 1257; one of "
@@ -37,16 +30,6 @@ CHANGED = {
     ),
 }
 """What a reader of the figures of a commit must know of later ones."""
-NOISE = (
-    "On the H100's host another training ran on a second GPU at the same time, which may have disturbed the host times (a bare SDPA "
-    "step took 26.6 us of host time there, 15.9 on the H200's host); times of calls are the GPU's own."
-)
-BANDWIDTH = (
-    "The goals were set for an H200. The one for decoding, 80 % of 4.3 TB/s, is more than an H100's memory can give (3.35 TB/s by "
-    "its data sheet); commit acaaeaf reached 4.31 TB/s on an H200."
-)
-
-
 NO_STATIC = "not measured: stopped after 90 s, while a hooked model was being compiled"
 
 
@@ -73,7 +56,6 @@ def section() -> str:
                 "Measured with `python tests/benchmarks/bench_kernels.py` and `bench_kernels_model.py`; medians, side by side in one run; "
                 "the results files have all rows. Every table says where."
             ),
-            *(["", NOISE] if "second GPU" in host["note"] else []),
             *[
                 line
                 for commit, text in CHANGED.items()
@@ -108,7 +90,6 @@ def section() -> str:
             "",
             *goals(prefill, edits, decode, model, host),
             "",
-            *([BANDWIDTH, ""] if "H100" in where(decode) else []),
             REASON,
         ]
     )

@@ -109,9 +109,9 @@ class Plan:
         self.short: Short | None = None
         """The way of later calls of a redistribution, whose key groups may be others in every layer."""
         asked, edit = call.readout, call.edit
-        self.reads = call.lse is not None and not call.want_output and not edit.operations and _statistics_alone(asked)
-        """Whether later calls may go to :meth:`read`, which this one then does too."""
-        self.reads = self.reads and call.sinks is None and call.bias is None
+        plain = not edit.operations and call.sinks is None and call.bias is None
+        self.reads = plain and call.lse is not None and not call.want_output and _statistics_alone(asked)
+        """Whether calls of the kind go to :meth:`read`."""
         weighting = edit.of(GroupWeights, Redistribute)
         if asked.empty and len(weighting) == 1 and isinstance(weighting[0], Redistribute):
             self.move = Wanted(

@@ -323,9 +323,9 @@ def rows_kernel(
                 cols = n0 + tl.arange(0, BN)
                 col_ok = cols < n_keys
                 # Half of the arithmetic of an address where 32 bits hold it.
-                far_cols = cols
+                col_places = cols
                 if FAR:
-                    far_cols = cols.to(tl.int64)
+                    col_places = cols.to(tl.int64)
                 if EDIT_GROUPS:
                     # Most tiles lie in one group, whose table entry is then one number a row.
                     edit_only = tl.load(edit_table_ptr + b * edit_table_b + n0 // BN).to(tl.int32)
@@ -335,7 +335,7 @@ def rows_kernel(
                 if COUNT & (not THRESHOLD):
                     x = tl.zeros([BM, BN], tl.float32)
                 else:
-                    k_at = k_base + (far_cols[None, :] * k_n + dims[:, None])
+                    k_at = k_base + (col_places[None, :] * k_n + dims[:, None])
                     if (phase % 2) and (D != HEAD_DIM):
                         kt = tl.load(k_at, mask=col_ok[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)
                     elif phase % 2:
@@ -587,7 +587,7 @@ def rows_kernel(
                     if OUTPUT_GROUPS:
                         member = tl.load(groups_ptr + b * groups_b + cols, mask=col_ok, other=-1).to(tl.int32)
                         p = tl.where((member == tl.program_id(1))[None, :], p, 0.0)
-                    v_at = v_base + (far_cols[:, None] * v_n + v_dims[None, :])
+                    v_at = v_base + (col_places[:, None] * v_n + v_dims[None, :])
                     if (phase % 2) and (DV != V_DIM):
                         v = tl.load(v_at, mask=col_ok[:, None] & (v_dims < V_DIM)[None, :], other=0.0)
                     elif phase % 2:
