@@ -19,17 +19,6 @@ REASON = (
     "(sooner at 4096 tokens, as soon at 16384, later at head dim 64); fewer registers and more programs, tensor-map loads, taller "
     "and wider tiles, deeper pipelines, the next tile's product first, skipping the search for the top key where no row rises."
 )
-
-
-CHANGED = {
-    "de16775": (
-        "After these figures (commit de16775) the kernels lost instructions. Read off the compiled code, a tile of the statistics pass has "
-        "524 for 565 at head dim 128 (16k tokens, causal) and 497 for 544 at 64, one at the edge of what is visible 703 for 1257; one of "
-        "the own forward has 545 for 598. The host's part of reading and the making of a trace were shortened too. All this waits to be "
-        "timed."
-    ),
-}
-"""What a reader of the figures of a commit must know of later ones."""
 NO_STATIC = "not measured: stopped after 90 s, while a hooked model was being compiled"
 
 
@@ -56,12 +45,6 @@ def section() -> str:
                 "Measured with `python tests/benchmarks/bench_kernels.py` and `bench_kernels_model.py`; medians, side by side in one run; "
                 "the results files have all rows. Every table says where."
             ),
-            *[
-                line
-                for commit, text in CHANGED.items()
-                if commit == prefill["versions"]["commit"]
-                for line in ("", text)
-            ],
             "",
             f"GPU time of one call as a multiple of SDPA's, which is cuDNN's kernel here ({age(prefill, newest)}):",
             "",
