@@ -25,7 +25,7 @@ from interp.tracing import bridge_link, dispatch
 from interp.tracing.call_arguments import decodes, site_call
 from interp.tracing.calls import RunState, SiteCall
 from interp.tracing.gains import scaled
-from interp.tracing.lasting import Own, Settled, settle
+from interp.tracing.lasting import Settled, settle
 from interp.tracing.plant import Plant
 from interp.tracing.recorder import Recorder
 from interp.tracing.runs import begin_run, finish_generate, generation_options
@@ -88,6 +88,7 @@ class Installation:
         self.active: dict[int, list[nn.Module]] = {}
         self.generating: set[int] = set()
         self.direct: dict[int, dict[int, Settled]] = {}
+        self.passed_by: list[int] = []
         self.known: set[int] = set()
         self._placed = False
         self._unlink: Callable[[], None] = lambda: None
@@ -95,6 +96,11 @@ class Installation:
     def unsettle(self) -> None:
         """What was settled for sites was settled for the sessions there were."""
         self.direct.clear()
+        self._look_again()
+
+    def _look_again(self) -> None:
+        dispatch.stop_passing(self.passed_by)
+        self.passed_by.clear()
 
     def held_by_this_thread(self) -> None:
         self.thread, self.thread_name = threading.get_ident(), threading.current_thread().name
@@ -258,6 +264,7 @@ class Installation:
     ) -> None:
         me = threading.get_ident()
         self.direct.pop(me, None)
+        self._look_again()
         for session in list(self.sessions):
             run = RunState(sub or self.module, session.anatomy, {}, generating, session.tokenizer, root=self.module)
             run.given_prompt_length = None if generating else session.prompt_length
@@ -308,6 +315,7 @@ class Installation:
 
     def _drop(self) -> None:
         self.direct.pop(threading.get_ident(), None)
+        self._look_again()
         for session in self.sessions:
             session.end_run(threading.get_ident())
 
@@ -343,8 +351,8 @@ class Installation:
                 self._advance(module, query, key)
                 if alone is not None:
                     # Whether a session touches a site is settled for the whole of a run.
-                    own = Own(dispatch.original(module), (), alone.entry(site))
-                    self.direct.setdefault(me, {})[id(module)] = own
+                    dispatch.pass_by(module, me, alone.entry(site))
+                    self.passed_by.append(id(module))
                 return dispatch.call_original(module, query, key, value, attention_mask, **options)
         chunk = NO_CHUNK if decodes(site) else self.chunks.setdefault(id(module), [0, 0])
         first = live[0][1] if live else cast(Plant, planted).run(me)
