@@ -15,14 +15,15 @@ RUNNING_INTS = [
 def sum_parts_kernel(
     part_ptr, out_ptr, pool_ptr, query_groups_ptr, groups_b, first_ptr, first_b,
     n_parts, first_block, n_chunks, n_cols, n_queries, n_keys, n_heads, delta, kv_offset, left, right,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr,
     CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PADDING: tl.constexpr, ZEROED: tl.constexpr,
     N_QUERY_GROUPS: tl.constexpr, QUERY_GROUPS: tl.constexpr, BLOCKS: tl.constexpr, RECEIVED: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """``received [B * H, Gq, Lk]`` from parts ``[B * H, Gq, n_parts, Lk]`` of the row blocks from ``first_block`` on.
 
     Parts that no program wrote (its rows see nothing there) are left out by the same arithmetic that made it skip them, so
-    that the buffer need not be cleared first; ``ZEROED`` says that it was.
+    that the buffer need not be cleared first; ``ZEROED`` says that it was. ``PARTS`` are read at a time, and every ``CHUNK`` of
+    them make a row of block sums.
     """
     # All in one axis of the grid: the others end at 65535.
     col = tl.program_id(0) % n_cols
@@ -55,21 +56,22 @@ def sum_parts_kernel(
             lo = lo // BN * BN
             written = written & (tile_start[None, :] >= lo[:, None]) & (tile_start[None, :] < hi[:, None])
             if (N_QUERY_GROUPS > 1) | QUERY_GROUPS:
-                row = (part[:, None] + first_block) * BM + tl.arange(0, BM)[None, :]
-                row_ok = row < n_queries
+                query = (part[:, None] + first_block) * BM + tl.arange(0, BM)[None, :]
+                row_ok = query < n_queries
                 if QUERY_GROUPS:
-                    group = tl.load(query_groups_ptr + b * groups_b + row, mask=row_ok, other=-1).to(tl.int32)
+                    group = tl.load(query_groups_ptr + b * groups_b + query, mask=row_ok, other=-1).to(tl.int32)
                 else:
                     group = tl.where(row_ok, 0, -1)
                 lowest = tl.min(tl.where(group >= 0, group, 127), axis=1)
                 highest = tl.max(group, axis=1)
                 written = written & ((g >= lowest) & (g <= highest))[:, None]
         at = part_ptr + (bhg * n_parts + part.to(tl.int64)[:, None]) * n_keys + cols[None, :]
-        chunk = tl.sum(tl.load(at, mask=written, other=0.0), 0)
-        total += chunk
+        parts = tl.load(at, mask=written, other=0.0)
+        total += tl.sum(parts, 0)
         if BLOCKS:
-            pool_at = pool_ptr + (bhg * n_chunks + (first_block + first) // PARTS) * n_cols
-            tl.store(pool_at + col, tl.sum(chunk, 0))
+            sums = tl.sum(tl.reshape(tl.sum(parts, 1), (PARTS // CHUNK, CHUNK)), 1)
+            row = (first_block + first) // CHUNK + tl.arange(0, PARTS // CHUNK)
+            tl.store(pool_ptr + (bhg * n_chunks + row) * n_cols + col, sums, mask=row < n_chunks)
     if RECEIVED:
         out_at = out_ptr + bhg * n_keys + cols
         if ADD:

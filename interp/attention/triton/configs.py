@@ -105,18 +105,6 @@ def choose_statistics(call: Call, tables: Tables) -> Config:
     return tuned.pick("statistics", tables.device, lambda: facts(call, tables, call.readout), shipped)
 
 
-def choose_mass(call: Call, tables: Tables) -> tuple[int, int]:
-    """Rows and keys of a tile of the mass kernel, of which most programs have one tile: small tiles start sooner.
-
-    H200: 14 us for 20 at 4096 tokens, 55 for 79 at 16384, where the first token is a group of its own.
-    """
-    narrow = call.q.dtype != torch.float32 and tables.arguments["D"] <= 128
-    if forced is None and tables.device.type != "cpu" and narrow:
-        return (128 if call.shape[2] > 512 else 64), 32
-    best = choose_statistics(call, tables)
-    return best.bm, best.bn
-
-
 LONG = 32768
 """Keys from which a head that sees all of them outweighs what a streaming head loses to taller tiles."""
 

@@ -1,4 +1,4 @@
-"""The pass of the statistics kernel and of the mass kernel beside it."""
+"""The pass of the statistics kernel."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from interp.attention.triton import configs
 from interp.attention.triton.group_tiles import group_table
 from interp.attention.triton.launching import Arguments, Launch, placeholder
 from interp.attention.triton.passes import Buffer, Live, Wanted
-from interp.attention.triton.statistics import mass_kernel, statistics_kernel
+from interp.attention.triton.statistics import statistics_kernel
 from interp.attention.triton.summing import SumBlocks, SumParts, spans
 from interp.attention.triton.tables import Tables, strides
 
 SLAB = 16
 """Keys of a slab of a matrix product's result, over which sums need no exchange between warps."""
+
+MASS_BN = 32
+"""Keys of a tile of the table of groups: most groups are small, and fewer keys take fewer registers."""
 
 SHARED = (
     "q_b", "q_h", "q_m", "k_b", "k_h", "k_n", "scale", "softcap", "n_samples", "n_heads", "n_queries", "n_keys", "delta",
@@ -23,6 +26,9 @@ SHARED = (
     "SOFTCAP", "ROW_SCALE",
 )  # fmt: skip
 """Arguments in common with the row-stationary kernel."""
+
+POINTERS = ("top_weight", "top_key", "entropy", "mass", "share", "part", "pool", "sinks")
+"""Pointers that a launch may do without."""
 
 
 def covers(shared: Tables, wanted: Wanted) -> bool:
@@ -68,12 +74,21 @@ class StatisticsPass:
             "COLUMNS": columns, "ACROSS": across, "WIDE": min(edge, SLAB), "pool_h": 0, "pool_q": 0,
         }  # fmt: skip
         rows = (batch, heads, n_queries)
-        self.mass = MassPass(shared, wanted, a, heads) if wanted.row_stats else None
+        groups = wanted.groups if wanted.row_stats else None
+        mass_bn = min(config.bn, MASS_BN)
+        self.sinks = wanted.row_stats and shared.arguments["SINKS"]
+        own.update(
+            SINKS=self.sinks, GROUPS=groups is not None, N_GROUPS=wanted.n_groups if wanted.row_stats else 1,
+            groups_ptr=nothing if groups is None else groups, groups_b=0 if groups is None else strides(groups, 1)[0],
+            **group_table(groups, mass_bn, nothing), MASS_BN=mass_bn,
+        )  # fmt: skip
         if wanted.row_stats:
             self.buffers += [
                 Buffer("top_weight_ptr", "top_weight", rows),
                 Buffer("top_key_ptr", "top_key", rows, torch.int32),
                 Buffer("entropy_ptr", "entropy", rows),
+                Buffer("mass_ptr", "mass", (*rows, wanted.n_groups)),
+                Buffer("share_ptr", "sink_share", rows),
             ]
         walked = [(0, n_blocks)]
         if columns:
@@ -85,13 +100,16 @@ class StatisticsPass:
                 received=wanted.columns,
             )  # fmt: skip
         if across:
-            shape = (batch * heads, n_blocks * across, -(-n_keys // min(edge, SLAB)))
-            self.buffers.append(Buffer("pool_ptr", "", shape, zeros=True))
+            shape = (batch * heads, -(-n_queries // (config.bm // across)), -(-n_keys // min(edge, SLAB)))
+            masked = a["CAUSAL"] or a["LEFT"] or a["RIGHT"] or a["PADDING"]
+            self.buffers.append(Buffer("pool_ptr", "", shape, zeros=masked))
             own.update(pool_h=shape[1] * shape[2], pool_q=shape[2])
             self.blocks = SumBlocks(edge, config.bm // across, min(edge, SLAB), n_queries, n_keys, (batch, heads))
         live = {"q_ptr", "k_ptr", "lse_ptr", *(buffer.argument for buffer in self.buffers)}
-        for name in ("top_weight_ptr", "top_key_ptr", "entropy_ptr", "part_ptr", "pool_ptr"):
-            own.setdefault(name, nothing)
+        if self.sinks:
+            live.add("sinks_ptr")
+        for name in POINTERS:
+            own.setdefault(f"{name}_ptr", nothing)
         fixed = {name: value for name, value in {**a, **own}.items() if name not in live}
         self.launches = [
             Launch(
@@ -102,54 +120,20 @@ class StatisticsPass:
         ]  # fmt: skip
 
     def __call__(self, x: Live) -> dict[str, Tensor]:
-        """Launch both kernels; tensors by the names of readings."""
+        """Launch; tensors by the names of readings."""
         assert x.lse is not None
         made = {buffer.argument: buffer.make(self.device) for buffer in self.buffers}
         live = {"q_ptr": x.q, "k_ptr": x.k, "lse_ptr": x.lse, **made}
+        if self.sinks and x.sinks is not None:
+            live["sinks_ptr"] = x.sinks
         out = {buffer.reading: made[buffer.argument] for buffer in self.buffers if buffer.reading}
         sums = {} if self.parts is None else self.parts.begin(self.device)
         for span, launch in enumerate(self.launches):
             launch(live)
             if self.parts is not None:
                 self.parts.add(span, made["part_ptr"], sums)
-        if self.mass is not None:
-            out.update(self.mass(x))
         if self.parts is not None:
             out.update(self.parts.end(sums))
         if self.blocks is not None:
             out.update(self.blocks(made))
         return out
-
-
-class MassPass:
-    """``mass`` and ``sink_share``, from the tiles that hold more than the commonest group."""
-
-    def __init__(self, shared: Tables, wanted: Wanted, common: Arguments, heads: int) -> None:
-        bm, bn = configs.choose_mass(shared.call, shared)
-        nothing = placeholder(shared.device)
-        batch, _, n_queries, _ = shared.call.shape
-        groups, sinks = wanted.groups, shared.arguments["SINKS"]
-        self.device, self.sinks = nothing.device, sinks
-        rows = (batch, heads, n_queries)
-        self.buffers = (
-            Buffer("mass_ptr", "mass", (*rows, wanted.n_groups)),
-            Buffer("share_ptr", "sink_share", rows),
-        )
-        fixed = {
-            **common, "SINKS": sinks, "groups_ptr": nothing if groups is None else groups,
-            "groups_b": 0 if groups is None else strides(groups, 1)[0], "GROUPS": groups is not None,
-            "N_GROUPS": wanted.n_groups, **group_table(groups, bn, nothing),
-        }  # fmt: skip
-        if not sinks:
-            fixed["sinks_ptr"] = nothing
-        grid = (batch * heads * -(-n_queries // bm),)
-        self.launch = Launch(mass_kernel, grid, fixed, BM=bm, BN=bn, num_warps=4, num_stages=2)
-
-    def __call__(self, x: Live) -> dict[str, Tensor]:
-        assert x.lse is not None
-        made = {buffer.argument: buffer.make(self.device) for buffer in self.buffers}
-        live = {"q_ptr": x.q, "k_ptr": x.k, "lse_ptr": x.lse, **made}
-        if self.sinks and x.sinks is not None:
-            live["sinks_ptr"] = x.sinks
-        self.launch(live)
-        return {buffer.reading: made[buffer.argument] for buffer in self.buffers}

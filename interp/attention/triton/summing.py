@@ -32,7 +32,7 @@ class SumParts:
         edge: int = 0, received: bool = True,
     ) -> None:  # fmt: skip
         n_keys = a["n_keys"]
-        wide = min(edge, 128) if edge else 128
+        wide = min(edge, 256) if edge else 128
         self.shape = (batch, heads, n_groups, n_keys)
         names = (
             "query_groups_ptr",
@@ -47,14 +47,14 @@ class SumParts:
         )
         flags = ("CAUSAL", "LEFT", "RIGHT", "PADDING", "QUERY_GROUPS")
         # Parts of one chunk belong to one row of the pooled map.
-        chunk = min(edge // config.bm, CHUNK) if edge else 8
+        chunk = min(edge // config.bm, CHUNK) if edge else CHUNK
         self.received, self.zeroed = received, bool(zeroed)
         self.n_chunks, self.n_cols = -(-n_blocks // chunk), -(-n_keys // wide)
         self.blocks = SumBlocks(edge, chunk * config.bm, wide, a["n_queries"], n_keys, (batch, heads)) if edge else None
         fixed = {name: a[name] for name in (*names, *flags)}
         fixed.update(
             groups_b=a["query_groups_b"], n_heads=heads, n_chunks=self.n_chunks, n_cols=self.n_cols, BM=config.bm, BN=config.bn, BK=wide,
-            PARTS=chunk, ZEROED=bool(zeroed), N_QUERY_GROUPS=n_groups, BLOCKS=edge > 0, RECEIVED=received,
+            PARTS=CHUNK, CHUNK=chunk, ZEROED=bool(zeroed), N_QUERY_GROUPS=n_groups, BLOCKS=edge > 0, RECEIVED=received,
         )  # fmt: skip
         grid = (self.n_cols * batch * heads * n_groups,)
         self.launches = [
@@ -83,7 +83,8 @@ class SumParts:
         """The readings."""
         out = {"received": sums["out_ptr"]} if self.received else {}
         if self.blocks is not None:
-            out.update(self.blocks({"pool_ptr": sums["pool_ptr"].sum(1)}))
+            pool = sums["pool_ptr"]
+            out.update(self.blocks({"pool_ptr": pool[:, 0] if pool.shape[1] == 1 else pool.sum(1)}))
         return out
 
 

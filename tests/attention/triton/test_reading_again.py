@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from interp.attention import Mask, Readings, Readout, attend, kinds
-from interp.attention.triton import configs
 
 pytest.importorskip("triton")
 
@@ -87,19 +86,6 @@ def test_what_the_shorter_way_lacks_goes_the_longer(more: dict[str, Any]) -> Non
     kinds.clear()
     read(*operands(0), Mask(causal=True), READOUTS["rows"], **more)
     assert not any(shorter_ways())
-
-
-@pytest.mark.parametrize("tile", [(16, 8), (32, 64)], ids=str)
-def test_masses_have_tiles_of_their_own(tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    mask, readout = Mask(causal=True), READOUTS["all"]
-    kinds.clear()
-    expected = read(*operands(0), mask, readout)
-    monkeypatch.setattr(configs, "choose_mass", lambda call, tables: tile)
-    kinds.clear()
-    got = read(*operands(0), mask, readout)
-    kinds.clear()
-    assert got.mass is not None and expected.mass is not None
-    torch.testing.assert_close(got.mass, expected.mass, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("row", [0, 5, 20])
