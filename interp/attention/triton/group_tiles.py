@@ -21,18 +21,6 @@ CHUNK = 64
 LAST: tl.constexpr = tl.constexpr(2**31 - 1)
 
 
-@triton.jit
-def listed(chosen, before_at, n_before, tile, tile_ok, n_tiles):
-    """Note how many tiles were chosen before each next one, and their numbers; returns how many there are by now."""
-    chosen = chosen & tile_ok
-    before = n_before + tl.cumsum(chosen.to(tl.int32), 0)
-    tl.store(before_at + 1 + tile, before, mask=tile_ok)
-    # Those chosen fill the list from its begin, the others leave n_tiles at its end.
-    place = tl.where(chosen, before - 1, n_tiles - 1 - tile + before)
-    tl.store(before_at + n_tiles + 1 + place, tl.where(chosen, tile, n_tiles), mask=tile_ok)
-    return n_before + tl.sum(chosen.to(tl.int32), 0)
-
-
 @triton.jit(do_not_specialize=["groups_b", "table_b", "n_keys", "source", "target"])
 def group_tiles_kernel(
     groups_ptr, groups_b, table_ptr, table_b, n_keys, source, target,
@@ -46,13 +34,11 @@ def group_tiles_kernel(
     groups_at = groups_ptr + tl.program_id(0).to(tl.int64) * groups_b
     only_at = table_ptr + tl.program_id(0).to(tl.int64) * table_b
     n_tiles = tl.cdiv(n_keys, BN)
-    mixed_at = only_at + 2 * n_tiles + 1
-    before_at = mixed_at + 2 * n_tiles + 1
+    before_at = only_at + 2 * n_tiles + 1
     order_at = before_at + n_tiles + 1
     lane = tl.arange(0, CHUNK)
     number = tl.arange(0, N_GROUPS)
     count = tl.zeros([N_GROUPS], tl.int32)
-    n_mixed = 0
     n_before = 0
     # The kind and first tile of the run that a chunk begins in, and the longest run so far.
     run_kind = 0
@@ -60,7 +46,6 @@ def group_tiles_kernel(
     best_length = 0
     best_first = 0
     best_kind = 0
-    tl.store(mixed_at, 0)
     if MOVED:
         tl.store(before_at, 0)
     for first in tl.range(0, n_tiles, CHUNK):
@@ -72,13 +57,17 @@ def group_tiles_kernel(
         only = tl.where(lowest == tl.max(group, 1), lowest, -2)
         tl.store(only_at + tile, only, mask=tile_ok)
         count += tl.sum(((only[:, None] == number[None, :]) & tile_ok[:, None]).to(tl.int32), 0)
-        n_mixed = listed(only == -2, mixed_at, n_mixed, tile, tile_ok, n_tiles)
         if MOVED:
             shift = tl.maximum(only, 0)
             one = tile_ok & (only >= 0)
             kind = tl.where(one, ((target >> shift) & 1) + 2 * ((source >> shift) & 1), 0)
             moves = (kind > 0) | (tile_ok & (only == -2))
-            n_before = listed(moves, before_at, n_before, tile, tile_ok, n_tiles)
+            before = n_before + tl.cumsum(moves.to(tl.int32), 0)
+            tl.store(before_at + 1 + tile, before, mask=tile_ok)
+            # Tiles that move fill the list from its begin, the others leave n_tiles at its end.
+            place = tl.where(moves, before - 1, n_tiles - 1 - tile + before)
+            tl.store(order_at + place, tl.where(moves, tile, n_tiles), mask=tile_ok)
+            n_before += tl.sum(moves.to(tl.int32), 0)
             # A run starts after the last earlier tile of another kind.
             other = (lane[None, :] < lane[:, None]) & (kind[None, :] != kind[:, None])
             start = tl.max(tl.where(other, tile[None, :] + 1, -1), 1)
@@ -123,12 +112,11 @@ def group_tiles_kernel(
 class GroupTiles:
     """The table of key groups by tile, for groups of one shape, prepared once.
 
-    For n tiles of ``bn`` keys it is int32 ``[B|1, 4 n + 2]``: first the group of each tile, -2 where it holds several. Then
+    For n tiles of ``bn`` keys it is int32 ``[B|1, 2 n + 1]``: first the group of each tile, -2 where it holds several. Then
     the group with most tiles of its own, the "rest" (of equals the lowest, 0 where there is none). Then for each tile how many
-    from it on are of the rest, or minus how many are not. Then how many tiles with several groups lie before tile 0, 1, ... n;
-    their numbers, and then n for each of the others.
+    from it on are of the rest, or minus how many are not.
 
-    With ``source`` or ``target``, the groups of a redistribution as bits, it is ``[B|1, 6 n + 6]``, and there follow: how many
+    With ``source`` or ``target``, the groups of a redistribution as bits, it is ``[B|1, 4 n + 5]``, and there follow: how many
     tiles with a source or target group in them, or with several groups, lie before tile 0, 1, ... n; their numbers, and
     then n for each of the others; the longest run of tiles that are nothing but target, or nothing but source (of equals the
     first): its first tile, the tile after its last, and 1 or 2 for which; three times 0 where there is none.
@@ -146,7 +134,7 @@ class GroupTiles:
         moved = bool(source | target)
         # Groups may go on after the last key, and then serve calls on more keys.
         self.key = bn, source, target, n_keys
-        self.shape = (batch, 6 * n_tiles + 6 if moved else 4 * n_tiles + 2)
+        self.shape = (batch, 4 * n_tiles + 5 if moved else 2 * n_tiles + 1)
         fixed: Arguments = {
             "groups_b": strides(groups, 1)[0], "table_b": self.shape[1], "n_keys": n_keys, "source": source, "target": target,
             "BN": bn, "CHUNK": CHUNK, "N_GROUPS": MAX_GROUPS, "MOVED": moved,

@@ -307,7 +307,7 @@ POINTERS = (
 
 def _phases(a: Arguments, wanted: Wanted) -> Arguments:
     """Bit set of the kernel's phases that can be non-empty, and whether the edges of what is visible share one."""
-    again = (0b10000000 if wanted.move is not None else 0) | (0b100000 if a["MASS"] and a["GROUPS"] else 0)
+    again = 0b100000 if wanted.move is not None else 0
     if a["LISTS"]:
         return {"PHASES": again | 0b1000, "MERGED": False}
     edges = a["LEFT"] or a["SINK_WINDOW"]
@@ -316,7 +316,7 @@ def _phases(a: Arguments, wanted: Wanted) -> Arguments:
     early = 0b10 if edges and wanted.topk else 0
     if a["ALWAYS_MASK"]:
         return {"PHASES": again | early | 0b1000, "MERGED": merged}
-    return {"PHASES": again | early | (wanted.move is not None) | 0b1100, "MERGED": merged}
+    return {"PHASES": again | early | (0b1 if again else 0) | 0b1100, "MERGED": merged}
 
 
 __all__ = ["Live", "Pass", "Wanted"]

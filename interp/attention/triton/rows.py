@@ -236,12 +236,10 @@ def rows_kernel(
     if not UNIFORM:
         uniform = row_ok
 
-    if MASS and GROUPS:
-        n_tiles = tl.cdiv(n_keys, BN)
-        # Tiles of several groups, and what moves, lie behind the groups of tiles, see GroupTiles.
-        mixed_at = table_ptr + b * table_b + 2 * n_tiles + 1
     if MOVE:
-        moved_at = mixed_at + 2 * n_tiles + 1
+        n_tiles = tl.cdiv(n_keys, BN)
+        # What moves lies behind the groups of tiles, see GroupTiles.
+        moved_at = table_ptr + b * table_b + 2 * n_tiles + 1
         run_lo = 0
         run_hi = 0
         kept_acc = acc
@@ -257,12 +255,11 @@ def rows_kernel(
     else:
         n_early += (all_lo - lo) // BN
 
-    for phase in tl.static_range(8):
+    for phase in tl.static_range(6):
         # 0: the run of tiles whose mass moves alike; 1: the sink of a sink-and-window rule, and the left edge of a window;
-        # 2: no mask needed; 3: the right edge, or all edges; 5: once more the tiles of several groups, for their masses; 7: once
-        # more the tiles whose mass moves. Odd ones have masks.
+        # 2: no mask needed; 3: the right edge, or all edges; 5: once more the tiles whose mass moves. Odd ones have masks.
         if (PHASES >> phase) & 1:
-            if phase == 7:
+            if phase == 5:
                 alive, _, lse2, norm = finished(top, total, sink, uniform, SINKS, UNIFORM)
                 mass0 *= norm
                 mass1 *= norm
@@ -288,14 +285,10 @@ def rows_kernel(
                     before_run = tl.load(moved_at + run_lo // BN)
                     more = tl.where(tl.load(moved_at + 2 * n_tiles + 3) == 1, gained, -fraction)
                     acc += kept_acc * (tl.exp2(kept_top - final) * (1.0 + more))[:, None]
-            if LISTS & (phase < 5):
+            if LISTS & (phase != 5):
                 start, stop, step = 0, tl.load(lists_ptr + h * list_h + block * list_q), 1
-            elif phase == 7:
-                start, stop, step = 0, tl.load(moved_at + tl.cdiv(hi, BN)) - (run_hi - run_lo) // BN, 1
             elif phase == 5:
-                start, stop, step = 0, tl.load(mixed_at + tl.cdiv(hi, BN)), 1
-                if not SINK_WINDOW:
-                    start = tl.load(mixed_at + lo // BN)
+                start, stop, step = 0, tl.load(moved_at + tl.cdiv(hi, BN)) - (run_hi - run_lo) // BN, 1
             elif phase == 0:
                 start, stop, step = run_lo, run_hi, BN
             elif phase == 1:
@@ -310,13 +303,11 @@ def rows_kernel(
                 start, stop, step = late, hi, BN
             for at in tl.range(start, stop, step):
                 n0 = at
-                if phase == 7:
+                if phase == 5:
                     listed = at
                     if PHASES & 1:
                         listed += tl.where(at >= before_run, (run_hi - run_lo) // BN, 0)
                     n0 = tl.load(moved_at + n_tiles + 1 + listed) * BN
-                elif phase == 5:
-                    n0 = tl.load(mixed_at + n_tiles + 1 + at) * BN
                 elif LISTS:
                     n0 = tl.load(lists_ptr + h * list_h + block * list_q + 1 + at) * BN
                 elif (phase == 1) | (MERGED & (phase == 3)):
@@ -433,12 +424,12 @@ def rows_kernel(
                     p = tl.exp2(x)
                     if WEIGHT == 2:
                         p = p * weight
-                    if ROW_STATS and phase != 5:
+                    if ROW_STATS:
                         if WEIGHT == 2:
                             surprise -= tl.sum(p * tl.where(weight > 0, x + tl.log2(weight), 0.0), 1)
                         else:
                             surprise -= tl.sum(p * x, 1)
-                elif phase == 7:
+                elif phase == 5:
                     if FOLD:
                         p = tl.exp2(x * row_scale[:, None] - final[:, None])
                     else:
@@ -446,14 +437,6 @@ def rows_kernel(
                     source_key = tl.where(edit_group >= 0, (SOURCE >> edit_group) & 1, 0).to(tl.float32)
                     target_key = tl.where(edit_group >= 0, (TARGET >> edit_group) & 1, 0).to(tl.float32)
                     p *= gained[:, None] * target_key[None, :] - fraction[:, None] * source_key[None, :]
-                elif phase == 5:
-                    against = tl.where(top > DEAD, top, 0.0)
-                    if FOLD:
-                        p = tl.exp2(x * row_scale[:, None] - against[:, None])
-                    else:
-                        p = tl.exp2(x - against[:, None])
-                    if WEIGHT == 2:
-                        p = p * weight
                 else:
                     largest_raw = tl.max(x, 1)
                     largest = largest_raw
@@ -505,31 +488,14 @@ def rows_kernel(
                         p = p * weight
 
                 # What is read off the tile
-                if phase == 5:
-                    kind = tl.load(groups_ptr + b * groups_b + cols, mask=col_ok, other=-1).to(tl.int32)
-                    mass0 += tl.sum(tl.where((kind == 0)[None, :], p, 0.0), 1)
-                    if N_GROUPS > 1:
-                        mass1 += tl.sum(tl.where((kind == 1)[None, :], p, 0.0), 1)
-                    if N_GROUPS > 2:
-                        mass2 += tl.sum(tl.where((kind == 2)[None, :], p, 0.0), 1)
-                    if N_GROUPS > 3:
-                        mass3 += tl.sum(tl.where((kind == 3)[None, :], p, 0.0), 1)
-                    if N_GROUPS > 4:
-                        mass4 += tl.sum(tl.where((kind == 4)[None, :], p, 0.0), 1)
-                    if N_GROUPS > 5:
-                        mass5 += tl.sum(tl.where((kind == 5)[None, :], p, 0.0), 1)
-                    if N_GROUPS > 6:
-                        mass6 += tl.sum(tl.where((kind == 6)[None, :], p, 0.0), 1)
-                    if N_GROUPS > 7:
-                        mass7 += tl.sum(tl.where((kind == 7)[None, :], p, 0.0), 1)
-                else:
-                    if IN_TILE & (phase != 7):
-                        in_tile = tl.sum(p, 1)
-                        total += in_tile
-                        if MASS and (not GROUPS):
-                            mass0 += in_tile
-                        elif MASS:
-                            only = tl.load(table_ptr + b * table_b + n0 // BN).to(tl.int32)
+                if IN_TILE & (phase != 5):
+                    in_tile = tl.sum(p, 1)
+                    total += in_tile
+                    if MASS and (not GROUPS):
+                        mass0 += in_tile
+                    elif MASS:
+                        only = tl.load(table_ptr + b * table_b + n0 // BN).to(tl.int32)
+                        if only != -2:
                             mass0 += tl.where(only == 0, in_tile, 0.0)
                             if N_GROUPS > 1:
                                 mass1 += tl.where(only == 1, in_tile, 0.0)
@@ -545,82 +511,95 @@ def rows_kernel(
                                 mass6 += tl.where(only == 6, in_tile, 0.0)
                             if N_GROUPS > 7:
                                 mass7 += tl.where(only == 7, in_tile, 0.0)
-                    if GIVEN_LSE and (ROW_STATS or TOPK):
-                        largest = tl.max(p, 1)
-                        if ROW_STATS:
-                            rises = largest > top
-                            which = tl.min(tl.where(p == largest[:, None], cols[None, :], 2147483647), 1)
-                            if MERGED:
-                                rises = rises | ((largest == top) & (which < top_key))
-                            top_key = tl.where(rises, which, top_key)
-                            top = tl.maximum(top, largest)
-                        if TOPK:
-                            left_over = p
+                        else:
+                            kind = tl.load(groups_ptr + b * groups_b + cols, mask=col_ok, other=-1).to(tl.int32)
+                            mass0 += tl.sum(tl.where((kind == 0)[None, :], p, 0.0), 1)
+                            if N_GROUPS > 1:
+                                mass1 += tl.sum(tl.where((kind == 1)[None, :], p, 0.0), 1)
+                            if N_GROUPS > 2:
+                                mass2 += tl.sum(tl.where((kind == 2)[None, :], p, 0.0), 1)
+                            if N_GROUPS > 3:
+                                mass3 += tl.sum(tl.where((kind == 3)[None, :], p, 0.0), 1)
+                            if N_GROUPS > 4:
+                                mass4 += tl.sum(tl.where((kind == 4)[None, :], p, 0.0), 1)
+                            if N_GROUPS > 5:
+                                mass5 += tl.sum(tl.where((kind == 5)[None, :], p, 0.0), 1)
+                            if N_GROUPS > 6:
+                                mass6 += tl.sum(tl.where((kind == 6)[None, :], p, 0.0), 1)
+                            if N_GROUPS > 7:
+                                mass7 += tl.sum(tl.where((kind == 7)[None, :], p, 0.0), 1)
+                if GIVEN_LSE and (ROW_STATS or TOPK):
+                    largest = tl.max(p, 1)
+                    if ROW_STATS:
+                        rises = largest > top
+                        which = tl.min(tl.where(p == largest[:, None], cols[None, :], 2147483647), 1)
+                        if MERGED:
+                            rises = rises | ((largest == top) & (which < top_key))
+                        top_key = tl.where(rises, which, top_key)
+                        top = tl.maximum(top, largest)
+                    if TOPK:
+                        left_over = p
+                        rises = largest > worst
+                        while tl.max(rises.to(tl.int32), 0) > 0:
+                            which = tl.min(tl.where(left_over == largest[:, None], cols[None, :], 2147483647), 1)
+                            # Of equal entries the one with the highest key gives way.
+                            leaves = tl.max(tl.where(best == worst[:, None], best_key, -2147483648), 1)
+                            replaced = (best_key == leaves[:, None]) & (best == worst[:, None]) & rises[:, None]
+                            best = tl.where(replaced, largest[:, None], best)
+                            best_key = tl.where(replaced, which[:, None], best_key)
+                            worst = tl.min(tl.where((slots < TOPK)[None, :], best, 2.0e38), 1)
+                            taken = (cols[None, :] == which[:, None]) & rises[:, None]
+                            left_over = tl.where(taken, -1.0, left_over)
+                            largest = tl.max(left_over, 1)
                             rises = largest > worst
-                            while tl.max(rises.to(tl.int32), 0) > 0:
-                                which = tl.min(tl.where(left_over == largest[:, None], cols[None, :], 2147483647), 1)
-                                # Of equal entries the one with the highest key gives way.
-                                leaves = tl.max(tl.where(best == worst[:, None], best_key, -2147483648), 1)
-                                replaced = (best_key == leaves[:, None]) & (best == worst[:, None]) & rises[:, None]
-                                best = tl.where(replaced, largest[:, None], best)
-                                best_key = tl.where(replaced, which[:, None], best_key)
-                                worst = tl.min(tl.where((slots < TOPK)[None, :], best, 2.0e38), 1)
-                                taken = (cols[None, :] == which[:, None]) & rises[:, None]
-                                left_over = tl.where(taken, -1.0, left_over)
-                                largest = tl.max(left_over, 1)
-                                rises = largest > worst
-                    if DISTANCE:
-                        key_at = key_places_ptr + b * key_places_b + cols * DISTANCE
-                        away, placed = apart(q_first, q_second, key_at, col_ok, DISTANCE, HOP)
-                        near_p = tl.where(placed[None, :], p, 0.0)
-                        reach += tl.sum(near_p * away, 1)
-                        reach_mass += tl.sum(near_p, 1)
-                    if COLUMNS:
-                        part_at = (
-                            part_ptr
-                            + (bh.to(tl.int64) * N_QUERY_GROUPS * part_rows + block - first_block) * n_keys
-                            + cols
-                        )
-                        if N_QUERY_GROUPS == 1:
-                            tl.store(part_at, tl.sum(p * counted[:, None], 0), mask=col_ok)
-                        else:
-                            for g in tl.static_range(N_QUERY_GROUPS):
-                                if (g >= lowest_group) & (g <= highest_group):
-                                    chosen = tl.where(query_group == g, 1.0, 0.0)
-                                    summed = tl.sum(p * chosen[:, None], 0)
-                                    tl.store(part_at + tl.cast(part_rows, tl.int64) * n_keys * g, summed, mask=col_ok)
-                    if POOL:
-                        if POOL_COLS == BN:
-                            across = (in_tile * counted)[:, None]
-                        else:
-                            across = tl.sum(tl.reshape(p * counted[:, None], (BM, BN // POOL_COLS, POOL_COLS)), 2)
-                        pooled = tl.sum(tl.reshape(across, (BM // POOL_ROWS, POOL_ROWS, BN // POOL_COLS)), 1)
-                        pool_row = block * (BM // POOL_ROWS) + tl.arange(0, BM // POOL_ROWS)
-                        pool_col = n0 // POOL_COLS + tl.arange(0, BN // POOL_COLS)
-                        pool_at = pool_ptr + bh.to(tl.int64) * pool_h + pool_row[:, None] * pool_q + pool_col[None, :]
-                        tl.store(pool_at, pooled, mask=(pool_col < tl.cdiv(n_keys, POOL_COLS))[None, :])
-                    if MAP:
-                        map_at = (
-                            map_ptr + bh.to(tl.int64) * map_h + place.to(tl.int64)[:, None] * n_keys + cols[None, :]
-                        )
-                        tl.store(map_at, p, mask=row_ok[:, None] & col_ok[None, :])
-                    if OUTPUT:
-                        if OUTPUT_GROUPS:
-                            member = tl.load(groups_ptr + b * groups_b + cols, mask=col_ok, other=-1).to(tl.int32)
-                            p = tl.where((member == tl.program_id(1))[None, :], p, 0.0)
-                        v_at = v_base + (col_places[:, None] * v_n + v_dims[None, :])
-                        if (phase % 2) and (DV != V_DIM):
-                            v = tl.load(v_at, mask=col_ok[:, None] & (v_dims < V_DIM)[None, :], other=0.0)
-                        elif phase % 2:
-                            v = tl.load(v_at, mask=col_ok[:, None], other=0.0)
-                        elif DV != V_DIM:
-                            v = tl.load(v_at, mask=(v_dims < V_DIM)[None, :], other=0.0)
-                        else:
-                            v = tl.load(v_at)
-                        if UPCAST:
-                            acc = product_add(p, v, acc, UPCAST, PRECISION)
-                        else:
-                            acc = product_add(p.to(v.dtype), v, acc, UPCAST, PRECISION)
+                if DISTANCE:
+                    key_at = key_places_ptr + b * key_places_b + cols * DISTANCE
+                    away, placed = apart(q_first, q_second, key_at, col_ok, DISTANCE, HOP)
+                    near_p = tl.where(placed[None, :], p, 0.0)
+                    reach += tl.sum(near_p * away, 1)
+                    reach_mass += tl.sum(near_p, 1)
+                if COLUMNS:
+                    part_at = (
+                        part_ptr + (bh.to(tl.int64) * N_QUERY_GROUPS * part_rows + block - first_block) * n_keys + cols
+                    )
+                    if N_QUERY_GROUPS == 1:
+                        tl.store(part_at, tl.sum(p * counted[:, None], 0), mask=col_ok)
+                    else:
+                        for g in tl.static_range(N_QUERY_GROUPS):
+                            if (g >= lowest_group) & (g <= highest_group):
+                                chosen = tl.where(query_group == g, 1.0, 0.0)
+                                summed = tl.sum(p * chosen[:, None], 0)
+                                tl.store(part_at + tl.cast(part_rows, tl.int64) * n_keys * g, summed, mask=col_ok)
+                if POOL:
+                    if POOL_COLS == BN:
+                        across = (in_tile * counted)[:, None]
+                    else:
+                        across = tl.sum(tl.reshape(p * counted[:, None], (BM, BN // POOL_COLS, POOL_COLS)), 2)
+                    pooled = tl.sum(tl.reshape(across, (BM // POOL_ROWS, POOL_ROWS, BN // POOL_COLS)), 1)
+                    pool_row = block * (BM // POOL_ROWS) + tl.arange(0, BM // POOL_ROWS)
+                    pool_col = n0 // POOL_COLS + tl.arange(0, BN // POOL_COLS)
+                    pool_at = pool_ptr + bh.to(tl.int64) * pool_h + pool_row[:, None] * pool_q + pool_col[None, :]
+                    tl.store(pool_at, pooled, mask=(pool_col < tl.cdiv(n_keys, POOL_COLS))[None, :])
+                if MAP:
+                    map_at = map_ptr + bh.to(tl.int64) * map_h + place.to(tl.int64)[:, None] * n_keys + cols[None, :]
+                    tl.store(map_at, p, mask=row_ok[:, None] & col_ok[None, :])
+                if OUTPUT:
+                    if OUTPUT_GROUPS:
+                        member = tl.load(groups_ptr + b * groups_b + cols, mask=col_ok, other=-1).to(tl.int32)
+                        p = tl.where((member == tl.program_id(1))[None, :], p, 0.0)
+                    v_at = v_base + (col_places[:, None] * v_n + v_dims[None, :])
+                    if (phase % 2) and (DV != V_DIM):
+                        v = tl.load(v_at, mask=col_ok[:, None] & (v_dims < V_DIM)[None, :], other=0.0)
+                    elif phase % 2:
+                        v = tl.load(v_at, mask=col_ok[:, None], other=0.0)
+                    elif DV != V_DIM:
+                        v = tl.load(v_at, mask=(v_dims < V_DIM)[None, :], other=0.0)
+                    else:
+                        v = tl.load(v_at)
+                    if UPCAST:
+                        acc = product_add(p, v, acc, UPCAST, PRECISION)
+                    else:
+                        acc = product_add(p.to(v.dtype), v, acc, UPCAST, PRECISION)
             if phase == 0:
                 kept_acc = acc
                 kept_top = top

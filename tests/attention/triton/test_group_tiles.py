@@ -36,45 +36,37 @@ def restated(numbers: list[int], bn: int, source: int = 0, target: int = 0) -> l
     rest = max(range(8), key=only.count)  # of equals the first
     of_rest: list[object] = [number == rest for number in only]
     runs = [run_from(of_rest, tile) * (1 if inside else -1) for tile, inside in enumerate(of_rest)]
-    out = [*only, rest, *runs, *listed([number == -2 for number in only])]
+    out = [*only, rest, *runs]
     if not source | target:
         return out
     sets = [[g for g in range(8) if bits >> g & 1] for bits in (target, source)]
-    moves = listed([number == -2 or number in sets[0] + sets[1] for number in only])
+    listed = [tile for tile, number in enumerate(only) if number == -2 or number in sets[0] + sets[1]]
+    before = [sum(tile < stop for tile in listed) for stop in range(len(tiles) + 1)]
     kinds: list[object] = [next((kind for kind in (1, 2) if number in sets[kind - 1]), 0) for number in only]
     lengths = [run_from(kinds, tile) if kinds[tile] else 0 for tile in range(len(tiles))]
     first = lengths.index(max(lengths))
     run = [first, first + lengths[first], kinds[first]] if lengths[first] else [0, 0, 0]
-    return [*out, *moves, *run]  # pyright: ignore[reportReturnType]
-
-
-def listed(chosen: list[bool]) -> list[int]:
-    """How many are chosen before each, and before the end; their numbers; the length for each of the others."""
-    numbers = [tile for tile, one in enumerate(chosen) if one]
-    before = [sum(tile < stop for tile in numbers) for stop in range(len(chosen) + 1)]
-    return [*before, *numbers, *[len(chosen)] * (len(chosen) - len(numbers))]
+    return [*out, *before, *listed, *[len(tiles)] * (len(tiles) - len(listed)), *run]  # pyright: ignore[reportReturnType]
 
 
 def test_the_groups_of_tiles_by_hand() -> None:
     # Tiles of 2: [0 0] [0 1] [1 1] [1 1] [2]; group 1 has most tiles.
-    assert table([0, 0, 0, 1, 1, 1, 1, 1, 2], 2)[:11] == [0, -2, 1, 1, 2, 1, -2, -1, 2, 1, -1]
-    # One tile holds several: none before tiles 0 and 1, one before the others and the end.
-    assert table([0, 0, 0, 1, 1, 1, 1, 1, 2], 2)[11:] == [0, 0, 1, 1, 1, 1, 1, 5, 5, 5, 5]
+    assert table([0, 0, 0, 1, 1, 1, 1, 1, 2], 2) == [0, -2, 1, 1, 2, 1, -2, -1, 2, 1, -1]
     # Nobody's keys (-1) are a group of their own here; of equals the lowest is the rest.
-    assert table([-1, -1, 3, 3, 0, 0], 2) == [-1, 3, 0, 0, -2, -1, 1, 0, 0, 0, 0, 3, 3, 3]
-    assert table([5], 4) == [5, 5, 1, 0, 0, 1]
+    assert table([-1, -1, 3, 3, 0, 0], 2) == [-1, 3, 0, 0, -2, -1, 1]
+    assert table([5], 4) == [5, 5, 1]
     # No tile is of one group: group 0 stands for the rest, and no tile is of it.
-    assert table([0, 1, 1, 2], 2) == [-2, -2, 0, -2, -1, 0, 1, 2, 0, 1]
+    assert table([0, 1, 1, 2], 2) == [-2, -2, 0, -2, -1]
 
 
 def test_tiles_whose_mass_moves_by_hand() -> None:
     # Tiles of 2: [0 0] source, [0 1] mixed, [1 1] neither, [2 2] target, nobody's.
-    moved = table([0, 0, 0, 1, 1, 1, 2, 2, -1, -1], 2, 0b001, 0b100)[22:]
+    moved = table([0, 0, 0, 1, 1, 1, 2, 2, -1, -1], 2, 0b001, 0b100)[11:]
     assert moved == [0, 1, 2, 2, 3, 3, 0, 1, 3, 5, 5, 0, 1, 2]
     # [2 2] [0 0] [0 0] [2 2] [3 3] [1]: two targets in a row of unlike groups are one run, as long as the sources' before it.
-    moved = table([2, 2, 0, 0, 0, 0, 2, 2, 3, 3, 1], 2, 0b0001, 0b1100)[26:]
+    moved = table([2, 2, 0, 0, 0, 0, 2, 2, 3, 3, 1], 2, 0b0001, 0b1100)[13:]
     assert moved == [0, 1, 2, 3, 4, 5, 5, 0, 1, 2, 3, 4, 6, 1, 3, 2]
-    assert table([1, 1, 1], 2, 0b001, 0b100)[10:] == [0, 0, 0, 2, 2, 0, 0, 0]
+    assert table([1, 1, 1], 2, 0b001, 0b100)[5:] == [0, 0, 0, 2, 2, 0, 0, 0]
 
 
 @pytest.mark.parametrize("moves", [(0, 0), (0b00000101, 0b10000010)], ids=["plain", "moved"])
@@ -119,8 +111,8 @@ def test_layers_that_share_their_groups_share_the_table_until_the_groups_change(
     first = tiles(groups)
     assert tiles(groups) is first
     assert GroupTiles(groups, 2)(groups) is first
-    assert GroupTiles(groups, 4)(groups).tolist() == [[-2, 0, -1, 0, 1, 0]]
-    assert GroupTiles(groups, 2, 0b1, 0b10)(groups).shape == (1, 18)
+    assert GroupTiles(groups, 4)(groups).tolist() == [[-2, 0, -1]]
+    assert GroupTiles(groups, 2, 0b1, 0b10)(groups).shape == (1, 13)
     groups[:] = 1
     assert tiles(groups)[0, :2].tolist() == [1, 1]
 
@@ -140,7 +132,7 @@ def test_without_groups_there_is_a_placeholder() -> None:
     assert group_table(None, 16, nothing) == {"table_ptr": nothing, "table_b": 0}
     # One sample's groups stand for all: the stride is 0.
     assert group_table(tensor([0, 0]), 2, nothing)["table_b"] == 0
-    assert group_table(tensor([0, 0], [1, 1]), 2, nothing)["table_b"] == 6
+    assert group_table(tensor([0, 0], [1, 1]), 2, nothing)["table_b"] == 3
 
 
 def test_groups_that_go_on_after_the_last_key_serve_calls_on_more_keys() -> None:
