@@ -23,13 +23,24 @@ if TYPE_CHECKING:
 
 
 class Config(NamedTuple):
-    """Rows and keys of a tile, warps of a program, stages of the load pipeline, registers a thread may have (0: any)."""
+    """How one launch is cut up.
+
+    Attributes:
+        bm: rows of a tile.
+        bn: keys of a tile.
+        warps: of a program.
+        stages: of the load pipeline.
+        registers: that a thread may have, 0 for any.
+        wide: 1 has the row-stationary kernel work out places of keys in 64 bits where 32 would do: more instructions, which
+            the compiler orders otherwise.
+    """
 
     bm: int
     bn: int
     warps: int
     stages: int
     registers: int = 0
+    wide: int = 0
 
 
 INTERPRETED = Config(16, 16, 4, 1)
@@ -61,24 +72,34 @@ def choose(call: Call, wanted: Wanted, tables: Tables) -> Config:
     by_pair = bool(a["BIAS"] or a["DENSE"] or a["BLOCKS"] or a["N_COORDS"] or a["N_DROP"])
     if call.q.dtype == torch.float32 or width > 128:
         best = Config(64, 32, 4, 2)
-    elif by_pair or (wanted.row_stats and not wanted.given):
-        # Statistics and masks of single pairs take the registers of a larger tile: two small programs a multiprocessor
-        # beat one that spills.
+    elif by_pair:
+        # Masks of single pairs take the registers of a larger tile: two small programs a multiprocessor beat one that spills.
         best = Config(64, 64, 4, 2)
-        if width <= 64 and wanted.output and not by_pair and wanted.groups is None:
-            best = Config(64, 64, 4, 3)  # H100: 1.68 of SDPA's time for 2.03 at 8192 tokens
+    elif wanted.row_stats and not wanted.given:
+        # So do statistics. Of SDPA's time, four groups: 1.62 for 1.80 in narrow places at 16k.
+        best = Config(64, 64, 4, 2, wide=1)
+        if width <= 64 and wanted.output:
+            # A longer tile searches less often for its largest score, but not with few rows: 1.65 for 1.99 at 8192 tokens, 1.43
+            # for 1.71 at 257.
+            best = Config(64, 128, 4, 3) if call.shape[2] > FEW else Config(64, 32, 4, 3, wide=1)
     elif not wanted.output:
         best = Config(128, 64, 4, 2)
     elif a["SINK_WINDOW"] and width == 128 and call.shape[3] >= LONG and heads_differ(call):
         # The heads that see everything take the time. H100: 0.76 of SDPA's for 0.85, half of them at 32k.
-        best = Config(128, 128, 8, 3)
+        best = Config(128, 128, 8, 3, wide=1)
+    elif a["SINK_WINDOW"] and width == 128:
+        # Lower blocks of rows and shorter tiles have less at an edge. Of SDPA's time at 16k, all heads: 0.227 for 0.252.
+        best = Config(64, 64, 4, 3) if heads_differ(call) else Config(64, 32, 4, 3)
     elif a["SINK_WINDOW"] or a["LEFT"]:
         # Lower blocks of rows have fewer tiles at an edge: a fifth fewer instructions, counted in the compiled code.
         best = Config(64, 64, 4, 2)
-    elif width == 128 and not (a["BETA"] or wanted.weights or wanted.move):
-        best = Config(128, 128, 8, 3)
+    elif width == 128 and call.shape[3] > MANY and not (a["BETA"] or wanted.weights or wanted.move):
+        # Of SDPA's time at 16k: 1.24 for 1.28 in narrow places and 1.32 with smaller tiles, which have 1.13 for 1.18 at 4k.
+        best = Config(128, 128, 8, 3, wide=1)
     else:
-        best = Config(128, 64, 8, 3)
+        # Of SDPA's time for a tile of 128 rows: 0.92 for 1.04 at 257 tokens and head dim 64; at 16k and 128 a redistribution
+        # 1.59 for 1.63, a boost 1.83 for 1.99, key weights 1.87 for 2.11.
+        best = Config(64, 64, 4, 3)
     keys = a["D"] + (a["DV"] if wanted.output else 0)
     shipped = fitting(best, a["D"], keys, call.q.dtype.itemsize, 4 if by_pair else 0, tables.device)
     return tuned.pick("rows", tables.device, lambda: facts(call, tables, wanted), shipped)
@@ -95,7 +116,7 @@ def choose_statistics(call: Call, tables: Tables) -> Config:
         best = Config(64, 32, 4, 2)
     elif width > 128:
         best = Config(64, 64, 4, 2)
-    elif call.shape[2] > 512:
+    elif call.shape[2] > FEW:
         best = Config(128, 64, 4, 3)
     else:
         # With few rows a head the second half of a tall tile is empty too often. H100, width 64:
@@ -105,6 +126,10 @@ def choose_statistics(call: Call, tables: Tables) -> Config:
     return tuned.pick("statistics", tables.device, lambda: facts(call, tables, call.readout), shipped)
 
 
+FEW = 512
+"""Rows a head up to which the second half of a tall or long tile is empty too often."""
+MANY = 4096
+"""Keys above which a plain forward is faster in large tiles."""
 LONG = 32768
 """Keys from which a head that sees all of them outweighs what a streaming head loses to taller tiles."""
 

@@ -150,7 +150,7 @@ class Pass:
         a.update(_phases(a, wanted))
         a.update(FOLD=shared.scaled_only(a["UNIFORM"]) and wanted.weights != 1 and not wanted.count)
         reach = (n_keys + config.bn) * max(a["k_n"], a["v_n"]) + max(a["D"], a["DV"])
-        a.update(FAR=reach >= FAR)
+        a.update(FAR=reach >= FAR or config.wide == 1)
         # Row sums of a tile: online without row-wise weights they are the denominator, else only somebody's wish.
         in_tile = wanted.row_stats or wanted.pooled if wanted.given else wanted.weights != 2
         a.update(IN_TILE=bool(in_tile) and not wanted.count)

@@ -93,10 +93,11 @@ def rows_kernel(
 ):  # fmt: skip
     """One block of rows of one head.
 
-    ``FAR`` is set where a key may lie 2**31 elements behind the first of its head. ``WEIGHT`` is 0 (none), 1 (the logarithm of
-    weights is added to the scores: they act inside the softmax), 2 (p is multiplied). ``FOLD`` leaves the scale to the
-    exponent's multiply-add, where nothing between them needs scores in their own unit. ``COUNT`` replaces p by 1 on visible
-    keys, for ``received_rows``. ``OUTPUT_GROUPS`` restricts the product with v to the keys of group ``program_id(1)``.
+    ``FAR`` is set where a key may lie 2**31 elements behind the first of its head, or where 64 bits are faster. ``WEIGHT`` is 0
+    (none), 1 (the logarithm of weights is added to the scores: they act inside the softmax), 2 (p is multiplied). ``FOLD``
+    leaves the scale to the exponent's multiply-add, where nothing between them needs scores in their own unit. ``COUNT``
+    replaces p by 1 on visible keys, for ``received_rows``. ``OUTPUT_GROUPS`` restricts the product with v to the keys of group
+    ``program_id(1)``.
     ``DISTANCE`` is the number of coordinates of a place, 0 for no distances.
 
     ``MOVE`` redistributes (SOURCE, TARGET and the gates are sets of the edit's groups, as bits) in one walk: the masses that

@@ -90,25 +90,30 @@ def store_blocks(
 
 
 @triton.jit
-def store_masses(
-    qt, lse2, alive, share, row_scale, rows, row_ok, row_at, lo, hi, k_at, k_n, softcap, n_keys, delta, left, right, b,
-    padding_ptr, padding_b, groups_ptr, groups_b, table_ptr, table_b, mass_ptr,
+def masses(
+    rest, run, qt, lse2, alive, row_scale, rows, row_ok, row_at, lo, hi, k_at, k_n, softcap, n_keys, delta, left, right, b, h,
+    padding_ptr, padding_b, sinks_ptr, groups_ptr, groups_b, table_ptr, table_b, mass_ptr, share_ptr,
     BM: tl.constexpr, BN: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PADDING: tl.constexpr, SOFTCAP: tl.constexpr,
-    GROUPS: tl.constexpr, N_GROUPS: tl.constexpr,
+    ROW_SCALE: tl.constexpr, SINKS: tl.constexpr, GROUPS: tl.constexpr, N_GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Mass per key group of the rows of a block, whose tiles of keys are ``lo`` to ``hi``.
+    """Mass per key group and the sink's share of the rows of a block, whose keys are ``lo`` to ``hi``.
 
     The group with most tiles to itself (the "rest" of the table) is what the others leave of ``1 - share``, so only tiles
     with a key of another group are visited: a prompt's first tile where only its first token is special, or an image's.
-    Keys are across here, and sums over them stay in a warp.
+    Keys are across here, and sums over them stay in a warp. ``rest``, and ``run`` of the first tile, are the table's.
     """
+    share = tl.zeros([BM], tl.float32)
+    if SINKS:
+        share = tl.exp2(tl.load(sinks_ptr + h).to(tl.float32) * LOG2E - lse2)
+        share = tl.where(alive, tl.minimum(share, 1.0), 0.0)
+    tl.store(share_ptr + row_at, share, mask=row_ok)
+    if ROW_SCALE:
+        row_scale = tl.trans(row_scale)
     whole = tl.where(alive, 1.0 - share, 0.0)
-    rest = 0
     mass0 = tl.zeros([BM], tl.float32)
     mass1, mass2, mass3, mass4, mass5, mass6, mass7 = mass0, mass0, mass0, mass0, mass0, mass0, mass0
     if GROUPS:
-        rest = tl.load(table_ptr + b * table_b + tl.cdiv(n_keys, BN)).to(tl.int32)
         dims = tl.arange(0, D)
         q = tl.trans(qt)
         q_slot = (rows + delta)[:, None]
@@ -116,11 +121,14 @@ def store_masses(
         tile = lo // BN
         stop = hi // BN
         while tile < stop:
-            run = tl.load(run_at + tile).to(tl.int32)
-            first = tl.where(run > 0, tile + run, tile)
-            last = first
-            if first < stop:
-                last = tl.minimum(stop, first - tl.load(run_at + first).to(tl.int32))
+            first = tile
+            length = -run
+            if run > 0:
+                first = tile + run
+                length = 0
+                if first < stop:
+                    length = -tl.load(run_at + first)
+            last = tl.minimum(stop, first + length)
             for at in tl.range(first, last):
                 cols = at * BN + tl.arange(0, BN)
                 col_ok = cols < n_keys
@@ -176,6 +184,9 @@ def store_masses(
                     if N_GROUPS > 7:
                         mass7 += tl.sum(tl.where(kind == 7, p, 0.0), 1)
             tile = last
+            run = 0
+            if tile < stop:
+                run = tl.load(run_at + tile)
     for g in tl.static_range(N_GROUPS):
         mass = mass0
         if g == 1:
@@ -210,10 +221,11 @@ def statistics_kernel(
     PADDING: tl.constexpr, SOFTCAP: tl.constexpr, ROW_SCALE: tl.constexpr, ROW_STATS: tl.constexpr, COLUMNS: tl.constexpr,
     ACROSS: tl.constexpr, WIDE: tl.constexpr, HEAD_LIST: tl.constexpr,
     N_QUERY_GROUPS: tl.constexpr, QUERY_GROUPS: tl.constexpr, SINKS: tl.constexpr, GROUPS: tl.constexpr, N_GROUPS: tl.constexpr,
-    MASS_BN: tl.constexpr,
+    MASS_BN: tl.constexpr, MASS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """One block of rows of one head; ``ACROSS`` is the number of block sums across the rows of a tile, 0 for none, and
-    ``MASS_BN`` the keys of a tile of the table of groups, which divides ``BN``.
+    ``MASS_BN`` the keys of a tile of the table of groups, which divides ``BN``. ``MASS_FIRST`` says whether masses are summed before the
+    walk or after it.
 
     Tiles that need no mask and whose rows all count run in a loop of their own: a branch in it would cost it its registers.
     """
@@ -273,20 +285,18 @@ def statistics_kernel(
         all_hi = all_lo
 
     row_at = bh.to(tl.int64) * n_queries + rows
-    if ROW_STATS:
-        # Before anything else is held.
-        share = tl.zeros([BM], tl.float32)
-        if SINKS:
-            share = tl.exp2(tl.load(sinks_ptr + h).to(tl.float32) * LOG2E - lse2)
-            share = tl.where(alive, tl.minimum(share, 1.0), 0.0)
-        tl.store(share_ptr + row_at, share, mask=row_ok)
-        scale_down = row_scale
-        if ROW_SCALE:
-            scale_down = tl.trans(row_scale)
-        store_masses(
-            qt, lse2, alive, share, scale_down, rows, row_ok, row_at, lo, hi, k_ptr + b * k_b + kv * k_h, k_n, softcap, n_keys,
-            delta, left, right, b, padding_ptr, padding_b, groups_ptr, groups_b, table_ptr, table_b, mass_ptr,
-            BM, MASS_BN, HEAD_DIM, D, UPCAST, PRECISION, CAUSAL, LEFT, RIGHT, PADDING, SOFTCAP, GROUPS, N_GROUPS,
+    rest = 0
+    run = 0
+    if ROW_STATS and GROUPS:
+        # Long before they are needed, so that nobody waits for them.
+        groups_at = table_ptr + b * table_b + tl.cdiv(n_keys, MASS_BN)
+        rest = tl.load(groups_at)
+        run = tl.load(groups_at + 1 + lo // MASS_BN, mask=lo < n_keys, other=0)
+    if ROW_STATS and MASS_FIRST:
+        masses(
+            rest, run, qt, lse2, alive, row_scale, rows, row_ok, row_at, lo, hi, k_ptr + b * k_b + kv * k_h, k_n, softcap, n_keys,
+            delta, left, right, b, h, padding_ptr, padding_b, sinks_ptr, groups_ptr, groups_b, table_ptr, table_b, mass_ptr, share_ptr,
+            BM, MASS_BN, HEAD_DIM, D, UPCAST, PRECISION, CAUSAL, LEFT, RIGHT, PADDING, SOFTCAP, ROW_SCALE, SINKS, GROUPS, N_GROUPS,
         )  # fmt: skip
 
     surprise = tl.zeros([BN // 2, BM], tl.float32)
@@ -363,3 +373,9 @@ def statistics_kernel(
         which = tl.min(tl.where(top == best[None, :], top_key, 2147483647), 0)
         tl.store(top_weight_ptr + row_at, best, mask=row_ok)
         tl.store(top_key_ptr + row_at, tl.where(best > 0, which + kv_offset, -1), mask=row_ok)
+    if ROW_STATS and not MASS_FIRST:
+        masses(
+            rest, run, qt, lse2, alive, row_scale, rows, row_ok, row_at, lo, hi, k_ptr + b * k_b + kv * k_h, k_n, softcap, n_keys,
+            delta, left, right, b, h, padding_ptr, padding_b, sinks_ptr, groups_ptr, groups_b, table_ptr, table_b, mass_ptr, share_ptr,
+            BM, MASS_BN, HEAD_DIM, D, UPCAST, PRECISION, CAUSAL, LEFT, RIGHT, PADDING, SOFTCAP, ROW_SCALE, SINKS, GROUPS, N_GROUPS,
+        )  # fmt: skip

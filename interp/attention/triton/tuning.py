@@ -141,13 +141,20 @@ def _median(run: Callable[[], Any]) -> float:
 
 
 def _candidates(key: str, shipped: Numbers) -> list[Numbers]:
-    """Of a decoding kernel (keys, warps, stages), of any other (rows, keys, warps, stages, registers)."""
+    """Of a decoding kernel (keys, warps, stages), of any other (rows, keys, warps, stages, registers, wide)."""
     if len(shipped) == 3:
         return [(keys, warps, stages) for keys in (32, 64, 128) for warps in (4, 8) for stages in (2, 3, 4)]
     tiles = [(bm, bn) for bm in (32, 64, 128) for bn in (32, 64, 128)]
     # Elements of a tile a warp has to hold: fewer leave it idle, more spill.
     sizes = [(bm, bn, warps) for bm, bn in tiles for warps in (4, 8) if 256 <= bm * bn // warps <= 2048]
-    return [(*size, stages, registers) for size in sizes for stages in (2, 3) for registers in _registers(key, size[2])]
+    places = (0, 1) if "|rows|" in key else (0,)
+    return [
+        (*size, stages, registers, wide)
+        for size in sizes
+        for stages in (2, 3)
+        for registers in _registers(key, size[2])
+        for wide in places
+    ]
 
 
 def _registers(key: str, warps: int) -> tuple[int, ...]:

@@ -241,6 +241,7 @@ def test_facts_of_decoding() -> None:
 def test_candidates_are_of_the_launch_kind() -> None:
     for config in tuning._candidates("gpu|triton|x|rows|float16", Config(64, 64, 4, 2)):
         assert Config(*config).registers == 0
+    assert {config[5] for config in tuning._candidates("gpu|triton|x|rows|float16", Config(64, 64, 4, 2))} == {0, 1}
     assert {config[4] for config in tuning._candidates("gpu|triton|x|statistics|float16", Config(64, 64, 4, 2))} == {
         0,
         128,
@@ -293,13 +294,17 @@ HALF = torch.tensor([16, 1 << 20], dtype=torch.int32)
 @pytest.mark.parametrize(
     ("wanted", "width", "keys", "edit", "best"),
     [
-        ({"output": True, "row_stats": True}, 64, 64, Edit(), Config(64, 64, 4, 3)),
-        ({"output": True, "row_stats": True}, 128, 64, Edit(), Config(64, 64, 4, 2)),
-        ({"output": True, "weights": 1}, 128, 64, Edit(), Config(128, 64, 8, 3)),
-        ({"output": True}, 128, 64, Edit(), Config(128, 128, 8, 3)),
-        ({"output": True}, 128, configs.LONG, Edit((SinkWindow(4, HALF),)), Config(128, 128, 8, 3)),
-        ({"output": True}, 128, configs.LONG, Edit((SinkWindow(4, 16),)), Config(64, 64, 4, 2)),
-        ({"output": True}, 128, configs.LONG // 2, Edit((SinkWindow(4, HALF),)), Config(64, 64, 4, 2)),
+        ({"output": True, "row_stats": True}, 64, 257, Edit(), Config(64, 32, 4, 3, wide=1)),
+        ({"output": True, "row_stats": True}, 64, 600, Edit(), Config(64, 128, 4, 3)),
+        ({"output": True, "row_stats": True}, 128, 600, Edit(), Config(64, 64, 4, 2, wide=1)),
+        ({"output": True, "weights": 1}, 128, 8192, Edit(), Config(64, 64, 4, 3)),
+        ({"output": True}, 64, 8192, Edit(), Config(64, 64, 4, 3)),
+        ({"output": True}, 128, 4096, Edit(), Config(64, 64, 4, 3)),
+        ({"output": True}, 128, 4097, Edit(), Config(128, 128, 8, 3, wide=1)),
+        ({"output": True}, 128, configs.LONG, Edit((SinkWindow(4, HALF),)), Config(128, 128, 8, 3, wide=1)),
+        ({"output": True}, 128, configs.LONG // 2, Edit((SinkWindow(4, HALF),)), Config(64, 64, 4, 3)),
+        ({"output": True}, 128, configs.LONG, Edit((SinkWindow(4, 16),)), Config(64, 32, 4, 3)),
+        ({"output": True}, 64, configs.LONG, Edit((SinkWindow(4, 16),)), Config(64, 64, 4, 2)),
     ],
 )
 def test_tiles_follow_what_a_launch_does(
@@ -307,8 +312,8 @@ def test_tiles_follow_what_a_launch_does(
 ) -> None:
     monkeypatch.setattr(configs, "_shared_memory", lambda _: 227 << 10)
     monkeypatch.setattr(tuned, "pick", lambda kind, device, facts, shipped: shipped)
-    q, k = torch.empty(1, 2, 16, width, dtype=torch.bfloat16), torch.empty(1, 1, keys, width, dtype=torch.bfloat16)
-    call = Call(q, k, k, 0.3, Mask(causal=True, q_offset=keys - 16), None, None, None, edit, Readout(), True)
+    q, k = torch.empty(1, 2, keys, width, dtype=torch.bfloat16), torch.empty(1, 1, keys, width, dtype=torch.bfloat16)
+    call = Call(q, k, k, 0.3, Mask(causal=True), None, None, None, edit, Readout(), True)
     shared = tables(call, upcast=True)
     shared.device = torch.device("cuda", 0)
     assert configs.choose(call, Wanted(**wanted), shared) == best
