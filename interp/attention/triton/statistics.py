@@ -119,7 +119,8 @@ def masses(
         q_slot = (rows + delta)[:, None]
         run_at = table_ptr + b * table_b + tl.cdiv(n_keys, BN) + 1
         tile = lo // BN
-        stop = hi // BN
+        # The other walk's tiles may go on where the table ends.
+        stop = tl.cdiv(tl.minimum(hi, n_keys), BN)
         while tile < stop:
             first = tile
             length = -run
@@ -223,9 +224,10 @@ def statistics_kernel(
     N_QUERY_GROUPS: tl.constexpr, QUERY_GROUPS: tl.constexpr, SINKS: tl.constexpr, GROUPS: tl.constexpr, N_GROUPS: tl.constexpr,
     MASS_BN: tl.constexpr, MASS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """One block of rows of one head; ``ACROSS`` is the number of block sums across the rows of a tile, 0 for none, and
-    ``MASS_BN`` the keys of a tile of the table of groups, which divides ``BN``. ``MASS_FIRST`` says whether masses are summed before the
-    walk or after it.
+    """One block of rows of one head.
+
+    ``ACROSS`` is the number of block sums across the rows of a tile, 0 for none, ``MASS_BN`` the keys of a tile of the table of
+    groups, which divides ``BN``. ``MASS_FIRST`` says whether masses are summed before the walk or after it.
 
     Tiles that need no mask and whose rows all count run in a loop of their own: a branch in it would cost it its registers.
     """
