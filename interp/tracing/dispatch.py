@@ -26,13 +26,15 @@ Handler = Callable[..., tuple[Tensor, Any]]
 
 _lock = threading.RLock()
 _handlers: dict[int, weakref.WeakMethod[Handler]] = {}
-_passed_by: dict[int, tuple[int, Handler, dict[str, int]]] = {}
+_passed_by: dict[int, dict[int, tuple[Handler, dict[str, int]]]] = {}
 _configs: dict[int, list[Any]] = {}
 
 
 def install(modules: Iterable[nn.Module], configs: Iterable[Any], handler: Handler) -> None:
     """Send the attention calls of ``modules`` to ``handler``; ``configs`` are those the modules and their masks read."""
     _register()
+    modules = list(modules)
+    stop_passing([id(module) for module in modules])
     with _lock:
         for module in modules:
             _handlers[id(module)] = weakref.WeakMethod(handler)
@@ -44,6 +46,8 @@ def install(modules: Iterable[nn.Module], configs: Iterable[Any], handler: Handl
 
 def remove(modules: Iterable[nn.Module], configs: Iterable[Any]) -> None:
     """Undo :func:`install`; a config shared with another installed model keeps ours until that one is removed too."""
+    modules = list(modules)
+    stop_passing([id(module) for module in modules])
     with _lock:
         for module in modules:
             _handlers.pop(id(module), None)
@@ -61,6 +65,8 @@ def remove(modules: Iterable[nn.Module], configs: Iterable[Any]) -> None:
 
 def forget(modules: Iterable[int], configs: Iterable[int]) -> None:
     """Ids of modules and configs that were never removed and whose owner is gone."""
+    modules = list(modules)
+    stop_passing(modules)
     with _lock:
         for module in modules:
             if module in _handlers and _handlers[module]() is None:
@@ -79,19 +85,25 @@ def handler_of(module: nn.Module) -> Handler | None:
     return held() if held is not None else None
 
 
-def pass_by(module: nn.Module, thread: int, used: dict[str, int]) -> None:
-    """Send the calls of ``module`` in ``thread`` to the model's own function without asking the handler, and count them in ``used``.
+def pass_by(module: nn.Module, used: dict[str, int]) -> None:
+    """Send the calls of ``module`` in this thread to the model's own function without asking the handler, and count them in ``used``.
 
     Until :func:`stop_passing`. Once for a site that nobody touches in a whole run: asking costs a token of a small model a twentieth.
     """
     used.setdefault("untouched", 0)
-    _passed_by[id(module)] = (thread, original(module), used)
+    _passed_by.setdefault(threading.get_ident(), {})[id(module)] = (original(module), used)
 
 
-def stop_passing(modules: Iterable[int]) -> None:
-    """Ask the handlers of modules (by id) again."""
-    for module in modules:
-        _passed_by.pop(module, None)
+def stop_passing(modules: Iterable[int], thread: int | None = None) -> None:
+    """Ask the handlers of modules (by id) again, in one thread or in all."""
+    for one in list(_passed_by) if thread is None else (thread,):
+        ways = _passed_by.get(one)
+        if ways is None:
+            continue
+        for module in modules:
+            ways.pop(module, None)
+        if not ways:
+            _passed_by.pop(one, None)
 
 
 def entry_implementation(config: Any) -> str:
@@ -194,12 +206,13 @@ def attention(
     # The way around the compiler costs as much as the rest of an idle call, so it is taken under the compiler alone.
     if torch.compiler.is_compiling():
         return _uncompiled(module, query, key, value, attention_mask, **options)
-    found = _passed_by.get(id(module))
-    if found is not None and found[0] == threading.get_ident():
+    ways = _passed_by.get(threading.get_ident())
+    if ways is not None and (found := ways.get(id(module))) is not None:
         # All in this one function: each further one that a call goes through costs as much as the rest of this way.
-        found[2]["untouched"] += 1
+        function, used = found
+        used["untouched"] += 1
         native = attention_mask.native() if isinstance(attention_mask, LazyMask) else attention_mask
-        return found[1](module, query, key, value, native, **options)
+        return function(module, query, key, value, native, **options)
     return _attention(module, query, key, value, attention_mask, **options)
 
 

@@ -88,7 +88,6 @@ class Installation:
         self.active: dict[int, list[nn.Module]] = {}
         self.generating: set[int] = set()
         self.direct: dict[int, dict[int, Settled]] = {}
-        self.passed_by: list[int] = []
         self.known: set[int] = set()
         self._placed = False
         self._unlink: Callable[[], None] = lambda: None
@@ -96,11 +95,7 @@ class Installation:
     def unsettle(self) -> None:
         """What was settled for sites was settled for the sessions there were."""
         self.direct.clear()
-        self._look_again()
-
-    def _look_again(self) -> None:
-        dispatch.stop_passing(self.passed_by)
-        self.passed_by.clear()
+        dispatch.stop_passing(self.sites)
 
     def held_by_this_thread(self) -> None:
         self.thread, self.thread_name = threading.get_ident(), threading.current_thread().name
@@ -263,8 +258,7 @@ class Installation:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], *, generating: bool, sub: nn.Module | None = None
     ) -> None:
         me = threading.get_ident()
-        self.direct.pop(me, None)
-        self._look_again()
+        self._forget_ways(me)
         for session in list(self.sessions):
             run = RunState(sub or self.module, session.anatomy, {}, generating, session.tokenizer, root=self.module)
             run.given_prompt_length = None if generating else session.prompt_length
@@ -314,10 +308,15 @@ class Installation:
             session.keep(functools.partial(recorder.trace, sequences, attrs))
 
     def _drop(self) -> None:
-        self.direct.pop(threading.get_ident(), None)
-        self._look_again()
+        me = threading.get_ident()
+        self._forget_ways(me)
         for session in self.sessions:
-            session.end_run(threading.get_ident())
+            session.end_run(me)
+
+    def _forget_ways(self, thread: int) -> None:
+        """What was settled for sites was settled for one run of a thread."""
+        self.direct.pop(thread, None)
+        dispatch.stop_passing(self.sites, thread)
 
     def handle(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
@@ -351,8 +350,7 @@ class Installation:
                 self._advance(module, query, key)
                 if alone is not None:
                     # Whether a session touches a site is settled for the whole of a run.
-                    dispatch.pass_by(module, me, alone.entry(site))
-                    self.passed_by.append(id(module))
+                    dispatch.pass_by(module, alone.entry(site))
                 return dispatch.call_original(module, query, key, value, attention_mask, **options)
         chunk = NO_CHUNK if decodes(site) else self.chunks.setdefault(id(module), [0, 0])
         first = live[0][1] if live else cast(Plant, planted).run(me)

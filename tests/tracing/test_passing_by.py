@@ -98,3 +98,36 @@ def test_another_thread_is_not_taken_for_the_one_that_generates(model: Any) -> N
     before, after = said
     assert all(after[site]["untouched"] == before[site]["untouched"] + 1 for site in before)
     assert all(entry == {"untouched": STEPS + 1} for entry in run.report().values())
+
+
+def test_a_session_on_a_part_of_the_model_is_asked(model: Any) -> None:
+    """It has a handler of its own, which the calls of the part go to from then on."""
+    inner: list[Any] = []
+
+    def at_third(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if ids.shape[1] == 6:
+            assert dispatch._passed_by
+            with interp.hooked(model.model, interventions=[interp.MaskHeads(HEADS, kind="zero")]) as run:
+                model.model(torch.tensor([[5, 6]]))
+            inner.append(run.report())
+        return scores
+
+    with interp.hooked(model) as run:
+        generate(model, logits_processor=[at_third])
+    assert sorted(map(str, inner[0].values())) == ["{'gain': 1}", *["{'untouched': 1}"] * (len(inner[0]) - 1)]
+    assert not dispatch._passed_by
+    del run
+
+
+def test_threads_have_ways_of_their_own(model: Any) -> None:
+    site = model.model.layers[0].self_attn
+    dispatch.pass_by(site, first := {})
+    seen: list[bool] = []
+    thread = threading.Thread(target=lambda: seen.append(threading.get_ident() in dispatch._passed_by))
+    thread.start()
+    thread.join()
+    assert seen == [False] and first == {"untouched": 0}
+    dispatch.stop_passing([id(site)], thread=-1)
+    assert dispatch._passed_by
+    dispatch.stop_passing([id(site)])
+    assert not dispatch._passed_by

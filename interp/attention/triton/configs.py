@@ -127,7 +127,7 @@ def choose_statistics(call: Call, tables: Tables) -> Config:
 
 
 FEW = 512
-"""Rows a head up to which the second half of a tall or long tile is empty too often."""
+"""Rows a head up to which the second half of a tall or long tile is empty too often; and masses are better read first."""
 MANY = 4096
 """Keys above which a plain forward is faster in large tiles."""
 LONG = 32768
