@@ -303,8 +303,8 @@ def check_top_keys(name: str, op: TopKeys) -> None:
         fail(f"{name}.k", "must be a whole number >= 1", repr(op.k))
     if op.draws is not None and op.draws.shape[-1] != op.k:
         fail(f"{name}.draws", f"its last axis must be k = {op.k} wide", describe(op.draws))
-    if not 0 <= op.share <= 1:
-        fail(f"{name}.share", "must be within 0 .. 1", op.share)
+    if isinstance(op.share, bool) or not isinstance(op.share, float | int) or not 0 <= op.share <= 1:
+        fail(f"{name}.share", "must be a number within 0 .. 1", repr(op.share))
 
 
 def check_redistribute(name: str, op: Redistribute, edit: Edit) -> None:

@@ -76,6 +76,8 @@ def load(
     if device is not None and options.get("device_map") is not None:
         raise LoadError(f"device and device_map must not both be given, got {device!r} and {options['device_map']!r}")
     name = os.fspath(source)
+    if not name.strip():
+        raise LoadError(f"source must name a model, a folder, a file or a hub id, got {name!r}")
     hub = {key: options[key] for key in HUB_OPTIONS if key in options}
     hub.update(revision=revision, trust_remote_code=trust_remote_code)
     place, known_revision = _place(name, isinstance(source, os.PathLike), options.pop("gguf_file", None), hub)

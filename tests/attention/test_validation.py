@@ -118,7 +118,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (edit(Threshold(torch.zeros(1, 1))), "edit.Threshold.value: must be a float tensor"),
     (edit(TopKeys(0)), "edit.TopKeys.k: must be a whole number >= 1; got 0"),
     (edit(TopKeys(3, torch.rand(1, 1, 1, 2))), "edit.TopKeys.draws: its last axis must be k = 3 wide"),
-    (edit(TopKeys(3, torch.rand(1, 1, 1, 3), 1.5)), "edit.TopKeys.share: must be within 0 .. 1; got 1.5"),
+    (edit(TopKeys(3, torch.rand(1, 1, 1, 3), 1.5)), "edit.TopKeys.share: must be a number within 0 .. 1; got 1.5"),
+    (edit(TopKeys(3, torch.rand(1, 1, 1, 3), "half")), "edit.TopKeys.share: must be a number within 0 .. 1; got 'half'"),  # type: ignore[arg-type]
     (edit(DropKeys(long(*range(33))[None, None, None])), "edit.DropKeys.keys: at most 32 keys a row; got 33"),
     (edit(GivenRows(long(4), long(0), torch.ones(1, 1, 1, 7))), "edit.GivenRows.heads: values must lie within 0 .. 3; got 4.0"),
     (edit(GivenRows(long(0), long(5), torch.ones(1, 1, 1, 7))), "edit.GivenRows.rows: values must lie within 0 .. 4; got 5.0"),

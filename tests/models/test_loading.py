@@ -94,6 +94,12 @@ def test_hub_out_of_reach(tmp_path: Path) -> None:
         load("some-lab/nothing", cache_dir=str(tmp_path))
 
 
+@pytest.mark.parametrize("source", ["", "  "])
+def test_an_empty_name_is_not_the_folder_one_is_in(source: str) -> None:
+    with pytest.raises(LoadError, match=f"source must name a model, a folder, a file or a hub id, got '{source}'"):
+        load(source)
+
+
 def test_bundled_name(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(llama_folder, tmp_path / "scenes-tiny")
     monkeypatch.setattr(loading_module, "BUNDLED", (tmp_path / "absent", tmp_path))
