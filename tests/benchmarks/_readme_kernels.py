@@ -20,7 +20,7 @@ REASON = (
     "and wider tiles, deeper pipelines, the next tile's product first, skipping the search for the top key where no row rises, "
     "summing the masses of tiles of several key groups in a second visit (row statistics 1.75 for 1.57 of SDPA's time at 4096 tokens). "
     "Tiles were timed anew by launch; so was whether keys' places are worked out in 64 bits, which moves single launches by up to a "
-    "tenth either way, against the count of instructions."
+    "sixth either way, against the count of instructions."
 )
 LATER = {
     "2d7b783": (
@@ -31,14 +31,15 @@ LATER = {
 """What a reader of the figures of a commit must know of later ones."""
 NO_STATIC = "not measured: stopped after 90 s, while a hooked model was being compiled"
 OTHERS = (
-    "The other goals that were missed. *Redistribution*: every tile sums its mass by group, and tiles that move, the image's own run "
-    "apart, are visited once more; a tile of its walk has up to 709 instructions in the compiled code, a plain one 378. *Streaming*: "
-    "a fifth of a block's tiles (7 of 37) lie at an edge or hold the sink and have masks, 416 instructions for 282. *Prefill of a model*: at 8k tokens the "
-    "GPU is busy for 275 ms with everything read and for 246 ms without, by the profiler, 29 of them in the statistics pass. *Memory at "
-    "4k*: the partial column sums, one a block of 128 rows, are 16 of the 23 MiB. *Generation*: a token of the plain model takes 23.5 ms "
-    "of the host's time, the GPU waits for it, and so every line of Python that a hook adds counts. *Decoding*: no reason was looked "
-    "for; it is behind at two sizes, by 1 and 3 %. *A static cache*: the compiler breaks its graph at the attention of every hooked layer "
-    "(15 graphs for 8 layers where the plain model is one, counted on a CPU) and compiles each; that is not mended."
+    "The other goals that were missed. *Redistribution*: every tile sums its mass by group, and tiles that move, the image's own "
+    "run apart, are visited once more; a tile of its walk has up to 709 instructions in the compiled code, a plain one 378. "
+    "*Streaming*: a fifth of a block's tiles (7 of 37) lie at an edge or hold the sink and have masks, 416 instructions for 282. "
+    "*Prefill of a model*: at 8k tokens the GPU is busy for 275 ms with everything read and for 246 ms without, by the profiler, "
+    "29 of them in the statistics pass. *Memory at 4k*: the partial column sums, one a block of 128 rows, are 16 of the 23 MiB. "
+    "*Generation*: a token of the plain model takes 23.5 ms of the host's time, the GPU waits for it, and so every line of Python "
+    "that a hook adds counts. *Decoding*: no reason was looked for; it is behind at two sizes, by 1 and 3 %. *A static cache*: the "
+    "compiler breaks its graph at the attention of every hooked layer (15 graphs for 8 layers where the plain model is one, "
+    "counted on a CPU) and compiles each; that is not mended."
 )
 """Goals without a place in :data:`REASON`."""
 
