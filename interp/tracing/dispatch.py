@@ -33,8 +33,6 @@ _configs: dict[int, list[Any]] = {}
 def install(modules: Iterable[nn.Module], configs: Iterable[Any], handler: Handler) -> None:
     """Send the attention calls of ``modules`` to ``handler``; ``configs`` are those the modules and their masks read."""
     _register()
-    modules = list(modules)
-    stop_passing([id(module) for module in modules])
     with _lock:
         for module in modules:
             _handlers[id(module)] = weakref.WeakMethod(handler)
@@ -46,8 +44,6 @@ def install(modules: Iterable[nn.Module], configs: Iterable[Any], handler: Handl
 
 def remove(modules: Iterable[nn.Module], configs: Iterable[Any]) -> None:
     """Undo :func:`install`; a config shared with another installed model keeps ours until that one is removed too."""
-    modules = list(modules)
-    stop_passing([id(module) for module in modules])
     with _lock:
         for module in modules:
             _handlers.pop(id(module), None)
@@ -65,8 +61,6 @@ def remove(modules: Iterable[nn.Module], configs: Iterable[Any]) -> None:
 
 def forget(modules: Iterable[int], configs: Iterable[int]) -> None:
     """Ids of modules and configs that were never removed and whose owner is gone."""
-    modules = list(modules)
-    stop_passing(modules)
     with _lock:
         for module in modules:
             if module in _handlers and _handlers[module]() is None:
