@@ -25,7 +25,8 @@ REASON = (
 LATER = {
     "2d7b783": (
         "After these figures calls of layers that nobody touches in a generation were shortened: beside the model's own function such a "
-        "call takes 1.6 us of one CPU core's time for 4.4. What that gives on a GPU waits to be timed."
+        "call takes 1.6 us of one CPU core's time for 4.4. The statistics pass lost a kernel (the tables above have that). What both give "
+        "a model on a GPU waits to be timed."
     ),
 }
 """What a reader of the figures of a commit must know of later ones."""

@@ -112,11 +112,10 @@ def test_a_session_on_a_part_of_the_model_is_asked(model: Any) -> None:
             inner.append(run.report())
         return scores
 
-    with interp.hooked(model) as run:
+    with interp.hooked(model):
         generate(model, logits_processor=[at_third])
     assert sorted(map(str, inner[0].values())) == ["{'gain': 1}", *["{'untouched': 1}"] * (len(inner[0]) - 1)]
     assert not dispatch._passed_by
-    del run
 
 
 def test_threads_have_ways_of_their_own(model: Any) -> None:

@@ -23,6 +23,8 @@ from interp.attention.triton.tiles import (
     NEIGHBOURHOOD_BIT,
     SINK_WINDOW_BIT,
     UNIFORM_BIT,
+    add_mixed_tile,
+    add_whole_tile,
     apart,
     by_group,
     capped,
@@ -497,38 +499,14 @@ def rows_kernel(
                     elif MASS:
                         only = tl.load(table_ptr + b * table_b + n0 // BN).to(tl.int32)
                         if only != -2:
-                            mass0 += tl.where(only == 0, in_tile, 0.0)
-                            if N_GROUPS > 1:
-                                mass1 += tl.where(only == 1, in_tile, 0.0)
-                            if N_GROUPS > 2:
-                                mass2 += tl.where(only == 2, in_tile, 0.0)
-                            if N_GROUPS > 3:
-                                mass3 += tl.where(only == 3, in_tile, 0.0)
-                            if N_GROUPS > 4:
-                                mass4 += tl.where(only == 4, in_tile, 0.0)
-                            if N_GROUPS > 5:
-                                mass5 += tl.where(only == 5, in_tile, 0.0)
-                            if N_GROUPS > 6:
-                                mass6 += tl.where(only == 6, in_tile, 0.0)
-                            if N_GROUPS > 7:
-                                mass7 += tl.where(only == 7, in_tile, 0.0)
+                            mass0, mass1, mass2, mass3, mass4, mass5, mass6, mass7 = add_whole_tile(
+                                N_GROUPS, only, in_tile, mass0, mass1, mass2, mass3, mass4, mass5, mass6, mass7
+                            )  # fmt: skip
                         else:
                             kind = tl.load(groups_ptr + b * groups_b + cols, mask=col_ok, other=-1).to(tl.int32)
-                            mass0 += tl.sum(tl.where((kind == 0)[None, :], p, 0.0), 1)
-                            if N_GROUPS > 1:
-                                mass1 += tl.sum(tl.where((kind == 1)[None, :], p, 0.0), 1)
-                            if N_GROUPS > 2:
-                                mass2 += tl.sum(tl.where((kind == 2)[None, :], p, 0.0), 1)
-                            if N_GROUPS > 3:
-                                mass3 += tl.sum(tl.where((kind == 3)[None, :], p, 0.0), 1)
-                            if N_GROUPS > 4:
-                                mass4 += tl.sum(tl.where((kind == 4)[None, :], p, 0.0), 1)
-                            if N_GROUPS > 5:
-                                mass5 += tl.sum(tl.where((kind == 5)[None, :], p, 0.0), 1)
-                            if N_GROUPS > 6:
-                                mass6 += tl.sum(tl.where((kind == 6)[None, :], p, 0.0), 1)
-                            if N_GROUPS > 7:
-                                mass7 += tl.sum(tl.where((kind == 7)[None, :], p, 0.0), 1)
+                            mass0, mass1, mass2, mass3, mass4, mass5, mass6, mass7 = add_mixed_tile(
+                                N_GROUPS, kind, p, mass0, mass1, mass2, mass3, mass4, mass5, mass6, mass7
+                            )  # fmt: skip
                 if GIVEN_LSE and (ROW_STATS or TOPK):
                     largest = tl.max(p, 1)
                     if ROW_STATS:

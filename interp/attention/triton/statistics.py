@@ -15,7 +15,17 @@ statistics per query are kept for the pair, at half the registers.
 import triton
 import triton.language as tl
 
-from interp.attention.triton.tiles import HIDDEN, LN2, LOG2E, capped, product, seen_keys, whole_tiles
+from interp.attention.triton.tiles import (
+    HIDDEN,
+    LN2,
+    LOG2E,
+    add_mixed_tile,
+    add_whole_tile,
+    capped,
+    product,
+    seen_keys,
+    whole_tiles,
+)
 
 BEYOND = tl.constexpr(2.0**100)
 """How far below 0 each key beyond the last one that a row sees is put; whole numbers times it stay exact below 2**24."""
@@ -152,38 +162,14 @@ def masses(
                 only = tl.load(table_ptr + b * table_b + at).to(tl.int32)
                 if only != -2:
                     in_tile = tl.sum(p, 1)
-                    mass0 += tl.where(only == 0, in_tile, 0.0)
-                    if N_GROUPS > 1:
-                        mass1 += tl.where(only == 1, in_tile, 0.0)
-                    if N_GROUPS > 2:
-                        mass2 += tl.where(only == 2, in_tile, 0.0)
-                    if N_GROUPS > 3:
-                        mass3 += tl.where(only == 3, in_tile, 0.0)
-                    if N_GROUPS > 4:
-                        mass4 += tl.where(only == 4, in_tile, 0.0)
-                    if N_GROUPS > 5:
-                        mass5 += tl.where(only == 5, in_tile, 0.0)
-                    if N_GROUPS > 6:
-                        mass6 += tl.where(only == 6, in_tile, 0.0)
-                    if N_GROUPS > 7:
-                        mass7 += tl.where(only == 7, in_tile, 0.0)
+                    mass0, mass1, mass2, mass3, mass4, mass5, mass6, mass7 = add_whole_tile(
+                        N_GROUPS, only, in_tile, mass0, mass1, mass2, mass3, mass4, mass5, mass6, mass7
+                    )  # fmt: skip
                 else:
-                    kind = tl.load(groups_ptr + b * groups_b + cols, mask=col_ok, other=-1).to(tl.int32)[None, :]
-                    mass0 += tl.sum(tl.where(kind == 0, p, 0.0), 1)
-                    if N_GROUPS > 1:
-                        mass1 += tl.sum(tl.where(kind == 1, p, 0.0), 1)
-                    if N_GROUPS > 2:
-                        mass2 += tl.sum(tl.where(kind == 2, p, 0.0), 1)
-                    if N_GROUPS > 3:
-                        mass3 += tl.sum(tl.where(kind == 3, p, 0.0), 1)
-                    if N_GROUPS > 4:
-                        mass4 += tl.sum(tl.where(kind == 4, p, 0.0), 1)
-                    if N_GROUPS > 5:
-                        mass5 += tl.sum(tl.where(kind == 5, p, 0.0), 1)
-                    if N_GROUPS > 6:
-                        mass6 += tl.sum(tl.where(kind == 6, p, 0.0), 1)
-                    if N_GROUPS > 7:
-                        mass7 += tl.sum(tl.where(kind == 7, p, 0.0), 1)
+                    kind = tl.load(groups_ptr + b * groups_b + cols, mask=col_ok, other=-1).to(tl.int32)
+                    mass0, mass1, mass2, mass3, mass4, mass5, mass6, mass7 = add_mixed_tile(
+                        N_GROUPS, kind, p, mass0, mass1, mass2, mass3, mass4, mass5, mass6, mass7
+                    )  # fmt: skip
             tile = last
             run = 0
             if tile < stop:

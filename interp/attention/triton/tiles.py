@@ -156,6 +156,48 @@ def finished(top, total, sink, uniform, SINKS: tl.constexpr, UNIFORM: tl.constex
 
 
 @triton.jit
+def add_whole_tile(N_GROUPS: tl.constexpr, only, in_tile, m0, m1, m2, m3, m4, m5, m6, m7):
+    """Masses by key group with the row sums ``[BM]`` of one more tile, all keys of which are of group ``only`` (< 0: nobody's)."""
+    m0 += tl.where(only == 0, in_tile, 0.0)
+    if N_GROUPS > 1:
+        m1 += tl.where(only == 1, in_tile, 0.0)
+    if N_GROUPS > 2:
+        m2 += tl.where(only == 2, in_tile, 0.0)
+    if N_GROUPS > 3:
+        m3 += tl.where(only == 3, in_tile, 0.0)
+    if N_GROUPS > 4:
+        m4 += tl.where(only == 4, in_tile, 0.0)
+    if N_GROUPS > 5:
+        m5 += tl.where(only == 5, in_tile, 0.0)
+    if N_GROUPS > 6:
+        m6 += tl.where(only == 6, in_tile, 0.0)
+    if N_GROUPS > 7:
+        m7 += tl.where(only == 7, in_tile, 0.0)
+    return m0, m1, m2, m3, m4, m5, m6, m7
+
+
+@triton.jit
+def add_mixed_tile(N_GROUPS: tl.constexpr, kind, p, m0, m1, m2, m3, m4, m5, m6, m7):
+    """Masses by key group with one more tile ``p [BM, BN]`` of keys of the groups ``kind [BN]``, negative for nobody's."""
+    m0 += tl.sum(tl.where((kind == 0)[None, :], p, 0.0), 1)
+    if N_GROUPS > 1:
+        m1 += tl.sum(tl.where((kind == 1)[None, :], p, 0.0), 1)
+    if N_GROUPS > 2:
+        m2 += tl.sum(tl.where((kind == 2)[None, :], p, 0.0), 1)
+    if N_GROUPS > 3:
+        m3 += tl.sum(tl.where((kind == 3)[None, :], p, 0.0), 1)
+    if N_GROUPS > 4:
+        m4 += tl.sum(tl.where((kind == 4)[None, :], p, 0.0), 1)
+    if N_GROUPS > 5:
+        m5 += tl.sum(tl.where((kind == 5)[None, :], p, 0.0), 1)
+    if N_GROUPS > 6:
+        m6 += tl.sum(tl.where((kind == 6)[None, :], p, 0.0), 1)
+    if N_GROUPS > 7:
+        m7 += tl.sum(tl.where((kind == 7)[None, :], p, 0.0), 1)
+    return m0, m1, m2, m3, m4, m5, m6, m7
+
+
+@triton.jit
 def in_groups(GROUPS: tl.constexpr, m0, m1, m2, m3, m4, m5, m6, m7):
     """The mass of a set of groups, given as bits."""
     found = m0 * 0.0
